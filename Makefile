@@ -1,0 +1,187 @@
+# larder - plain GNU make; no configure step. Users own CC CFLAGS LDFLAGS PREFIX
+# DESTDIR. Variants: SAN=address|undefined|thread, each with its own object directory.
+#
+#   make            everything          make check      all tests
+#   make demo       the tour            make bench      benchmarks against peers
+#   make install    DESTDIR, PREFIX     make clean
+
+VERSION := $(shell cat VERSION)
+PREFIX ?= /usr/local
+CC ?= cc
+CFLAGS ?= -O2 -g
+SAN ?=
+PYTHON ?= python3
+
+comma := ,
+B := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
+
+# ---- who may include whom (DESIGN.md, "Folders"): a directory is compiled with -I
+# for itself and its row only, so a forbidden include does not compile.
+MAY_base    :=
+MAY_store   := base
+MAY_prefill := base
+MAY_ipc     := base
+MAY_client  := base ipc
+MAY_daemon  := base store ipc
+MAY_tests   := base store ipc prefill client
+# The engine uses base alone; its program (main*.c) also speaks to the daemon.
+MAY_prefill_main := base ipc
+
+DIRS := base store prefill ipc client daemon
+
+WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
+        -Wvla -Wwrite-strings -Wundef -Wformat=2 -Werror
+must := -std=c11 -D_GNU_SOURCE -DLARDER_VERSION='"$(VERSION)"' -fPIC -pthread \
+        -ffp-contract=off -fvisibility=hidden -fstack-protector-strong $(WARN) -MMD -MP \
+        $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer)
+ldmust := -pthread -Wl,-z,relro,-z,now $(if $(SAN),-fsanitize=$(SAN))
+
+# Kernels for one instruction set live in a file named after it and are reached
+# only through a run-time check of the processor.
+isa_flags = $(if $(findstring _avx512bf16.,$1),-O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma) \
+            $(if $(findstring _avx512.,$1),-O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mfma) \
+            $(if $(findstring _avx2.,$1),-O3 -mavx2 -mfma -mf16c)
+
+row = $(if $(filter prefill/main%,$1),$(MAY_prefill_main),$(MAY_$(firstword $(subst /, ,$1))))
+cflags = $(must) -I$(firstword $(subst /, ,$1)) $(addprefix -I,$(call row,$1)) $(CFLAGS) $(call isa_flags,$1)
+
+# ---- outside libraries, by directory
+pkg = $(shell pkg-config --libs $1 2>/dev/null || echo -l$(subst lib,,$1))
+LIBS_base    := -lcrypto
+LIBS_store   := -llmdb -lzstd -lxxhash $(LIBS_base)
+LIBS_ipc     := -ljansson $(LIBS_base)
+LIBS_prefill := -ldnnl -lutf8proc -ljansson -lm $(LIBS_base)
+LIBS_client  := -ljansson
+LIBS_daemon  := -levent_core -lsystemd $(LIBS_store) $(LIBS_ipc)
+LIBS_tests   := -lcmocka
+
+src = $(wildcard $1/*.c)
+obj = $(patsubst %.c,$(B)/%.o,$1)
+
+PREFILL_MAIN := $(wildcard prefill/main*.c)
+CLI_SRC      := $(wildcard client/cli*.c)
+DAEMON_MAIN  := $(wildcard daemon/main.c)
+
+SRC_base    := $(call src,base)
+SRC_store   := $(call src,store)
+SRC_ipc     := $(call src,ipc)
+SRC_prefill := $(filter-out $(PREFILL_MAIN),$(call src,prefill))
+SRC_client  := $(filter-out $(CLI_SRC),$(call src,client))
+SRC_daemon  := $(filter-out $(DAEMON_MAIN),$(call src,daemon))
+
+lib = $(B)/lib$1.a
+PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
+            $(if $(PREFILL_MAIN),$(B)/larder-prefill)
+CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
+
+.PHONY: all check check-unit check-e2e check-golden bench demo install clean lint format
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+all: $(PROGRAMS) $(CLIENT_LIBS)
+
+$(B)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(call cflags,$<) -c -o $@ $<
+
+define archive
+$$(call lib,$1): $$(call obj,$$(SRC_$1))
+	@mkdir -p $$(@D)
+	rm -f $$@ && ar rcs $$@ $$^
+endef
+$(foreach d,$(DIRS),$(eval $(call archive,$d)))
+
+# The libraries a directory's code links with: its own archive, then its row.
+archives = $(foreach d,$1,$(call lib,$d))
+
+$(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,daemon store ipc base)
+	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_daemon)
+
+$(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc base)
+	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
+
+$(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
+	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
+
+# liblarder: the client library with the parts of ipc and base it needs. Decoders
+# link this, so it exports larder_* only and pulls in no library but jansson.
+client_parts := $(call obj,$(SRC_client) $(SRC_ipc) $(filter-out base/sha256.c,$(SRC_base)))
+SOVERSION := 0
+$(B)/liblarder.so: $(client_parts) client/liblarder.map
+	$(CC) -shared $(ldmust) $(LDFLAGS) -Wl,-soname,liblarder.so.$(SOVERSION) \
+	    -Wl,--version-script=client/liblarder.map -o $@ $(client_parts) $(LIBS_client)
+
+$(B)/liblarder.a: $(client_parts)
+	rm -f $@ && ar rcs $@ $^
+
+# ---- tests: tests/unit/test_DIR_what.c links what DIR may use, and nothing else
+UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_*.c))
+unit_dir = $(word 2,$(subst _, ,$(notdir $1)))
+needs_base    := base
+needs_store   := store base
+needs_ipc     := ipc base
+needs_prefill := prefill base
+needs_client  := client ipc base
+needs_daemon  := daemon store ipc base
+
+.SECONDEXPANSION:
+$(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+	@mkdir -p $(@D)
+	$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	    $(filter %.a,$^) $(LIBS_tests) $(LIBS_$(call unit_dir,$@)) -lm
+
+# tests/bench/bench_DIR_what.c likewise.
+BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
+$(B)/bench/bench_%: tests/bench/bench_%.c $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+	@mkdir -p $(@D)
+	$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
+
+check: all $(UNIT)
+	tests/run.sh $(B) lint unit e2e golden
+
+check-unit: $(UNIT)
+	tests/run.sh $(B) unit
+
+check-e2e: all
+	tests/run.sh $(B) e2e
+
+# Every recorded run on both backends (make check runs a covering subset).
+check-golden: all
+	tests/run.sh $(B) golden-all
+
+lint:
+	tests/run.sh $(B) lint
+
+bench: all $(BENCH)
+	tests/bench/run.sh $(B)
+
+demo: all
+	etc/demo.sh --built $(B)
+
+format:
+	clang-format -i $(foreach d,$(DIRS),$(wildcard $d/*.[ch])) $(wildcard tests/*/*.[ch])
+
+# ---- installation
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/libexec/larder \
+	    $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/doc/larder \
+	    $(DESTDIR)/etc/larder $(DESTDIR)$(PREFIX)/lib/systemd/system \
+	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d
+	install -m 755 $(B)/larderd $(DESTDIR)$(PREFIX)/sbin/larderd
+	install -m 755 $(B)/larder $(B)/larder-prefill $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(B)/liblarder.so $(DESTDIR)$(PREFIX)/lib/liblarder.so.$(SOVERSION)
+	ln -sf liblarder.so.$(SOVERSION) $(DESTDIR)$(PREFIX)/lib/liblarder.so
+	install -m 644 $(B)/liblarder.a $(DESTDIR)$(PREFIX)/lib
+	install -m 644 client/larder.h base/larder_status.h ipc/larder_image.h $(DESTDIR)$(PREFIX)/include
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' etc/larder.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/larder.pc
+	sed -e 's|@PREFIX@|$(PREFIX)|' etc/larderd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/larderd.service
+	install -m 644 etc/larder.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/larder.conf
+	install -m 644 etc/larder.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/larder.conf
+	test -e $(DESTDIR)/etc/larder/larder.conf || install -m 644 etc/larder.conf $(DESTDIR)/etc/larder/larder.conf
+	install -m 644 README.md DESIGN.md LICENSE ipc/PROTOCOL.md ipc/IMAGE.md store/FORMAT.md $(DESTDIR)$(PREFIX)/share/doc/larder
+
+clean:
+	rm -rf build build-*
+
+-include $(shell find $(B) -name '*.d' 2>/dev/null)
