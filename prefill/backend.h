@@ -1,0 +1,115 @@
+/* backend.h - what a compute backend does: one table of functions over host memory.
+ *
+ * Purpose    The engine (engine.h) decides what happens to which rows in which order;
+ *            a backend computes. `ref` is plain C in f32 and the oracle; `cpu` uses
+ *            oneDNN and vector kernels, in bf16 or f32. A backend is chosen by
+ *            configuration and never replaced silently.
+ * Shapes     n rows (tokens) enter a call. hidden: [n][n_hidden] f32. q: [n_heads][stride][head_dim],
+ *            k and v: [n_kv_heads][stride][head_dim], of the backend's element type,
+ *            rotate-half RoPE applied to q and k. o: [n][n_heads * head_dim], element type.
+ *            `stride` is the row capacity of the buffers (>= rows used).
+ * Ownership  open/close, layer_load/layer_free, head_load/head_free pair up; frees accept NULL.
+ * Threads    One caller at a time; a backend spreads work over its own threads. Results are
+ *            bit-identical for any thread count.
+ * Errors     LARDER_EBACKEND (what is missing on this machine), LARDER_ENOMEM, LARDER_EMODEL, LARDER_EIO.
+ */
+#ifndef LARDER_BACKEND_H
+#define LARDER_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "geom.h"
+#include "larder_status.h"
+#include "model.h"
+
+struct backend; /* one open backend, bound to one model's shape */
+struct layer;   /* one layer's weights in the backend's own form */
+struct head;    /* output norm and output matrix */
+
+struct backend_opts {
+    enum kv_dtype dtype; /* KV_F32 or KV_BF16: weights, activations and K/V; sums are f32 */
+    uint32_t n_threads;  /* 0: one per processor this process may use */
+};
+
+/* Stored rows of one KV head that new rows attend to. */
+struct past_rows {
+    uint32_t n_rows;
+    enum kv_dtype dtype; /* KV_BF16 (an image) or KV_F32 */
+    const void *k, *v;   /* [n_rows][head_dim] */
+    const float *bias;   /* [n_rows] added to the logits, or NULL */
+};
+
+struct attend {
+    const void *q; /* rows row0..n-1 are computed */
+    const void *k, *v;
+    uint32_t n, row0;
+    uint32_t stride;
+    void *o; /* rows row0..n-1 are written (at o + i * n_heads * head_dim) */
+};
+
+struct resume {
+    const void *q;         /* n_new rows */
+    const void *k, *v;     /* the private tail: n_tail rows, the last n_new of them are the new ones */
+    uint32_t n_new, n_tail;
+    uint32_t q_stride, stride;
+    const struct past_rows *past; /* [n_kv_heads] */
+    void *o;                      /* [n_new][n_heads * head_dim] */
+};
+
+struct backend_ops {
+    const char *name;
+
+    int (*open)(struct backend **ret, const struct model *m, const struct backend_opts *o,
+                struct larder_err *e);
+    void (*close)(struct backend *b);
+
+    /* Weights of one layer, dequantised and packed. */
+    int (*layer_load)(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e);
+    void (*layer_free)(struct backend *b, struct layer *l);
+
+    /* q, k, v = RoPE(W · rmsnorm(hidden)); pos[n] are the rotation positions. Rows are
+     * written at index 0..n-1 of buffers with `stride` rows per head. */
+    int (*qkv)(struct backend *b, const struct layer *l, const float *hidden, const uint32_t *pos,
+               uint32_t n, uint32_t stride, void *q, void *k, void *v, struct larder_err *e);
+
+    /* Causal attention inside one sequence. */
+    int (*attend)(struct backend *b, const struct attend *a, struct larder_err *e);
+
+    /* hidden += Wo · o; hidden += MLP(rmsnorm(hidden)), rows 0..n-1. */
+    int (*finish)(struct backend *b, const struct layer *l, float *hidden, const void *o, uint32_t n,
+                  struct larder_err *e);
+
+    /* Window attention mass (notes: PRUNING 1): for the last w of n rows, softmax over all
+     * visible keys, summed over the w rows: mass[n_heads][n - w], f32 results, sums in f64 or f32. */
+    int (*window)(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
+                  uint32_t w, float *mass, struct larder_err *e);
+
+    /* New rows attend to all past rows of their KV head (logit + bias) and causally to the tail. */
+    int (*resume)(struct backend *b, const struct resume *r, struct larder_err *e);
+
+    /* Logits of n rows: out[n][n_vocab] f32. `head` may be NULL: then the output matrix is
+     * read in slices and not kept, which suits one row per document. */
+    int (*logits)(struct backend *b, const struct head *h, const float *hidden, uint32_t n,
+                  float *out, struct larder_err *e);
+    int (*head_load)(struct backend *b, struct head **ret, struct larder_err *e);
+    void (*head_free)(struct backend *b, struct head *h);
+};
+
+/* What every backend starts with, so that callers can ask. */
+struct backend {
+    const struct backend_ops *ops;
+    const struct model *model;       /* borrowed */
+    const struct model_params *p;    /* borrowed */
+    enum kv_dtype elem;              /* of q, k, v, o: KV_F32 or KV_BF16 */
+    uint32_t n_threads;
+    char isa[32]; /* "generic", "avx2", "avx512", "avx512_bf16", "amx_bf16" */
+};
+
+extern const struct backend_ops backend_ref;
+extern const struct backend_ops backend_cpu;
+
+/* By name; NULL when there is no such backend in this build. */
+const struct backend_ops *backend_find(const char *name);
+
+#endif

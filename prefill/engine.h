@@ -1,0 +1,59 @@
+/* engine.h - layer-major prefill with pruning.
+ *
+ * Purpose    All tokens pass layer L before L+1: one layer's weights, K and V exist at a
+ *            time, the window scores of every layer are seen in order, and tokens can be
+ *            cut after any layer. Surviving rows leave through a sink, layer by layer.
+ * Ownership  Results are filled in and freed with engine_result_done().
+ * Threads    One run at a time per backend.
+ * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY, LARDER_ENUMERIC (a score or a
+ *            logit is not finite: nothing may be stored), LARDER_ECANCELED, and the backend's.
+ */
+#ifndef LARDER_ENGINE_H
+#define LARDER_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend.h"
+#include "policy.h"
+
+/* The kept rows of one layer, gathered: borrowed during the call. */
+struct kept_rows {
+    uint32_t n_rows;
+    const uint32_t *position; /* [n_rows] original positions, ascending */
+    const void *k, *v;        /* [n_rows][head_dim], the backend's element type */
+    const float *bias;        /* [n_rows] or NULL */
+};
+
+struct engine_sink {
+    void *arg;
+    /* Once per layer in ascending order; heads[n_kv_heads]. May be NULL. */
+    int (*layer)(void *arg, uint32_t layer, const struct kept_rows *heads, struct larder_err *e);
+    /* Before each layer; a non-zero return cancels the run with that code. May be NULL. */
+    int (*progress)(void *arg, const char *pass, uint32_t layer, uint32_t n_layers);
+};
+
+struct variance_point {
+    uint32_t layer;
+    double value; /* population variance of the token ranks, mean over the union */
+    double ratio; /* to the first tested layer */
+};
+
+struct engine_result {
+    uint32_t n_ctx;
+    uint32_t next_pos;
+    int32_t sel_layer; /* -1: no cut */
+    bool renumbered;   /* gemfilter, asl2pass: rows have fresh positions */
+    struct variance_point *trace;
+    uint32_t n_trace;
+    uint32_t *selected; /* original positions that passed the cut, ascending; NULL: all */
+    uint32_t n_selected;
+    float *logits; /* [n_vocab] of the last row */
+    double load_ms, prefill_ms;
+};
+
+int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
+                   const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);
+void engine_result_done(struct engine_result *r);
+
+#endif
