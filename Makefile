@@ -13,6 +13,10 @@ SAN ?=
 PYTHON ?= python3
 
 comma := ,
+V ?=
+Q := $(if $(V),,@)
+say = $(if $(V),:,printf '  %-5s %s\n' $1 $2)
+
 B := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
 
 # ---- who may include whom (DESIGN.md, "Folders"): a directory is compiled with -I
@@ -82,12 +86,13 @@ all: $(PROGRAMS) $(CLIENT_LIBS)
 
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(call cflags,$<) -c -o $@ $<
+	@$(call say,CC,$<)
+	$(Q)$(CC) $(call cflags,$<) -c -o $@ $<
 
 define archive
 $$(call lib,$1): $$(call obj,$$(SRC_$1))
 	@mkdir -p $$(@D)
-	rm -f $$@ && ar rcs $$@ $$^
+	@rm -f $$@ && ar rcs $$@ $$^
 endef
 $(foreach d,$(DIRS),$(eval $(call archive,$d)))
 
@@ -95,24 +100,28 @@ $(foreach d,$(DIRS),$(eval $(call archive,$d)))
 archives = $(foreach d,$1,$(call lib,$d))
 
 $(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,daemon store ipc base)
-	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_daemon)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_daemon)
 
 $(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc base)
-	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
 
 $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
-	$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
 
 # liblarder: the client library with the parts of ipc and base it needs. Decoders
 # link this, so it exports larder_* only and pulls in no library but jansson.
 client_parts := $(call obj,$(SRC_client) $(SRC_ipc) $(filter-out base/sha256.c,$(SRC_base)))
 SOVERSION := 0
 $(B)/liblarder.so: $(client_parts) client/liblarder.map
-	$(CC) -shared $(ldmust) $(LDFLAGS) -Wl,-soname,liblarder.so.$(SOVERSION) \
+	@$(call say,LD,$@)
+	$(Q)$(CC) -shared $(ldmust) $(LDFLAGS) -Wl,-soname,liblarder.so.$(SOVERSION) \
 	    -Wl,--version-script=client/liblarder.map -o $@ $(client_parts) $(LIBS_client)
 
 $(B)/liblarder.a: $(client_parts)
-	rm -f $@ && ar rcs $@ $^
+	@rm -f $@ && ar rcs $@ $^
 
 # ---- tests: tests/unit/test_DIR_what.c links what DIR may use, and nothing else
 UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_*.c))
@@ -127,14 +136,16 @@ needs_daemon  := daemon store ipc base
 .SECONDEXPANSION:
 $(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
 	@mkdir -p $(@D)
-	$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_tests) $(LIBS_$(call unit_dir,$@)) -lm
 
 # tests/bench/bench_DIR_what.c likewise.
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
 $(B)/bench/bench_%: tests/bench/bench_%.c $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
 	@mkdir -p $(@D)
-	$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)

@@ -1,0 +1,36 @@
+#!/bin/sh
+# House rules that can be counted: file lengths, stray paths, unique names, headers alone.
+cd "$(dirname "$0")/../.." || exit 1
+rc=0
+
+report() { # NAME FINDINGS
+    if [ -z "$2" ]; then echo "ok - $1"; else
+        echo "not ok - $1"
+        echo "$2" >&2
+        rc=1
+    fi
+}
+
+src=$(ls base/*.[ch] store/*.[ch] prefill/*.[ch] ipc/*.[ch] client/*.[ch] daemon/*.[ch])
+report "no source file is longer than 800 lines" \
+    "$(wc -l $src tests/*/*.[ch] tests/*/*.py | awk '$1 > 800 && $2 != "total"')"
+report "file names are unique over all source folders" \
+    "$(for f in $src; do basename "$f"; done | sort | uniq -d)"
+report "no line is longer than 100 columns" \
+    "$(awk 'length($0) > 100 { print FILENAME ":" FNR }' $src)"
+report "no library prints or exits" \
+    "$(grep -nE '\b(printf|puts|exit|abort)\(' $(ls base/*.c store/*.c ipc/*.c prefill/*.c client/*.c |
+        grep -vE '(prefill/main|client/cli)') | grep -vE 'f?s?n?printf\((e|buf|out|w|f|p)')"
+alone=""
+for h in $(ls base/*.h store/*.h ipc/*.h prefill/*.h client/*.h daemon/*.h); do
+    dir=${h%%/*}
+    case $dir in
+    base) may="" ;; store | prefill | ipc) may="base" ;; client) may="base ipc" ;; daemon) may="base store ipc" ;;
+    esac
+    case $h in prefill/main*) may="base ipc" ;; esac
+    inc="-I$dir"
+    for d in $may; do inc="$inc -I$d"; done
+    cc -std=c11 -D_GNU_SOURCE -DLARDER_VERSION='""' $inc -fsyntax-only -x c "$h" 2>/dev/null || alone="$alone $h"
+done
+report "every header compiles alone" "$alone"
+exit $rc

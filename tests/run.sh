@@ -1,0 +1,89 @@
+#!/bin/sh
+# tests/run.sh BUILD GROUP... - run groups of tests and count what they claim.
+#
+# Every test speaks TAP: "ok ..." / "not ok ..." (cmocka does, when asked), a
+# skipped case carries "# SKIP". A test program that exits with 77 is skipped as
+# a whole, loudly; one that exits otherwise non-zero without a "not ok" line, or
+# runs past its limit, counts as one failure. The last line is the count.
+set -u
+build=$1
+shift
+cd "$(dirname "$0")/.." || exit 1
+log=$(mktemp -d "${TMPDIR:-/tmp}/larder-run.XXXXXX") || exit 1
+trap 'rm -rf "$log"' EXIT
+trap 'exit 130' INT TERM
+passed=0 failed=0 skipped=0
+
+# run NAME LIMIT_SECONDS COMMAND...
+run() {
+    name=$1 limit=$2
+    shift 2
+    CMOCKA_MESSAGE_OUTPUT=TAP timeout -k 10 "$limit" "$@" >"$log/out" 2>"$log/err" </dev/null
+    rc=$?
+    ok=$(grep -cE '^ok ' "$log/out")
+    bad=$(grep -cE '^not ok ' "$log/out")
+    skip=$(grep -cE '^(not )?ok .*# ?[Ss][Kk][Ii][Pp]' "$log/out")
+    skip_ok=$(grep -cE '^ok .*# ?[Ss][Kk][Ii][Pp]' "$log/out")
+    ok=$((ok - skip_ok))
+    bad=$((bad - (skip - skip_ok)))
+    if [ "$rc" -eq 77 ]; then
+        skipped=$((skipped + 1))
+        echo "SKIP $name: $(tail -n 1 "$log/err")"
+        return
+    fi
+    if [ "$rc" -ne 0 ] && [ "$bad" -eq 0 ]; then
+        bad=1
+        if [ "$rc" -eq 124 ]; then echo "not ok $name: ran past $limit s"; else echo "not ok $name: exit status $rc"; fi
+    fi
+    if [ "$rc" -eq 0 ] && [ $((ok + bad + skip)) -eq 0 ]; then
+        bad=1
+        echo "not ok $name: made no claim"
+    fi
+    passed=$((passed + ok)) failed=$((failed + bad)) skipped=$((skipped + skip))
+    if [ "$bad" -gt 0 ]; then
+        echo "FAIL $name: $ok passed, $bad failed"
+        grep -E '^not ok ' "$log/out" | sed 's/^/    /'
+        tail -n 25 "$log/err" | sed 's/^/    /'
+    else
+        echo "ok   $name: $ok passed$([ "$skip" -gt 0 ] && echo ", $skip skipped")"
+    fi
+}
+
+for group in "$@"; do
+    case $group in
+    lint)
+        for t in tests/lint/*.sh; do run "$t" 120 "$t" "$build"; done
+        ;;
+    unit)
+        for t in tests/unit/test_*.c; do
+            t=$(basename "$t" .c)
+            run "unit/$t" 120 "$build/tests/$t"
+        done
+        ;;
+    e2e)
+        for t in tests/e2e/[0-9]*.sh tests/format/*.sh; do
+            [ -e "$t" ] && run "$t" 300 "$t" "$build"
+        done
+        ;;
+    golden)
+        run "golden, cpu f32" 900 python3 tests/golden/conform.py --build "$build" --backend cpu --subset
+        run "golden, ref f32" 900 python3 tests/golden/conform.py --build "$build" --backend ref --subset
+        run "golden, cpu bf16" 900 python3 tests/golden/conform.py --build "$build" --backend cpu --dtype bf16 --subset
+        ;;
+    golden-all)
+        run "golden, cpu f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cpu
+        run "golden, ref f32" 3600 python3 tests/golden/conform.py --build "$build" --backend ref
+        run "golden, cpu bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cpu --dtype bf16
+        ;;
+    *)
+        echo "tests/run.sh: no group '$group'" >&2
+        exit 2
+        ;;
+    esac
+done
+if [ "$skipped" -gt 0 ]; then
+    echo "$passed passed, $failed failed, $skipped skipped"
+else
+    echo "$passed passed, $failed failed"
+fi
+[ "$failed" -eq 0 ]
