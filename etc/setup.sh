@@ -26,6 +26,16 @@ die() {
     exit 1
 }
 
+# Run a command; show what it printed only if it fails.
+quietly() {
+    out=$(mktemp)
+    if "$@" >"$out" 2>&1; then rm -f "$out"; else
+        cat "$out" >&2
+        rm -f "$out"
+        die "failed: $*"
+    fi
+}
+
 installed() { dpkg-query -W -f='${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed; }
 
 install_packages() {
@@ -38,8 +48,8 @@ install_packages() {
         sudo=sudo
     fi
     say "installing:$missing"
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get update -qq >&2
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >&2
+    quietly $sudo env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+    quietly $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
 }
 
 # libevent before deb12u1 has two known holes in code that parses peers' bytes.
