@@ -9,7 +9,8 @@
  *            rows or tokens. All integers are little-endian.
  * Ownership  A `struct larder_image` borrows the mapping it was made from.
  * Threads    Read-only; any number of threads.
- * Errors     LARDER_EVERSION, LARDER_EDAMAGED (with what is wrong), LARDER_ENOMEM never.
+ * Errors     LARDER_EVERSION, LARDER_EDAMAGED (with what is wrong), LARDER_EINVAL (a mapping that
+ *            is not aligned), LARDER_ENOMEM never.
  */
 #ifndef LARDER_IMAGE_H
 #define LARDER_IMAGE_H
@@ -64,7 +65,8 @@ struct larder_rows {
     const float *bias;        /* [n_rows], to be added to the logit, or NULL */
 };
 
-/* Check everything and fill *ret. `mapping` must be 64-byte aligned. */
+/* Check every count and offset, tokens, positions and biases, and fill *ret. `mapping` must be
+ * 64-byte aligned. Row data, logits and text are not read: any bytes are legal there. */
 LARDER_API int larder_image_check(const void *mapping, uint64_t n_bytes, struct larder_image *ret,
                                   struct larder_err *e);
 
