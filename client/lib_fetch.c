@@ -1,0 +1,101 @@
+/* lib_fetch.c - from a reference to a mapped image that can be trusted.
+ *
+ * The one idea: the descriptor's seals and size, then the image itself, are checked
+ * before the caller sees a pointer; whatever fails, the lease is given back (or ends
+ * with the broken connection) and nothing stays open. The row data are not touched.
+ */
+#include "lib.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#include "memfile.h"
+
+static int read_answer(const json_t *answer, struct larder_lease *l, uint64_t *ret_bytes,
+                       struct larder_err *e)
+{
+    int rc = field_u64(answer, "lease", FIELD_REQUIRED, UINT64_MAX, &l->id, e);
+
+    if (!rc)
+        rc = field_u64(answer, "bytes", FIELD_REQUIRED, UINT64_MAX, ret_bytes, e);
+    if (!rc)
+        rc = larder_read_entry(json_object_get(answer, "entry"), &l->entry, e);
+    if (!rc && l->fd < 0)
+        rc = larder_fail(e, LARDER_EPROTO, "the image's descriptor is missing");
+    return rc;
+}
+
+static int map_image(struct larder_lease *l, uint64_t n_bytes, struct larder_err *e)
+{
+    const void *map = NULL;
+    uint64_t n = 0;
+    int rc = memfile_map(l->fd, n_bytes, UINT64_MAX, &map, &n, e);
+
+    if (rc)
+        return rc;
+    rc = larder_image_check(map, n, &l->image, e);
+    /* An image under another key would answer a question about another document. */
+    if (!rc && memcmp(l->image.key, l->entry.key, sizeof l->image.key))
+        rc = larder_fail(e, LARDER_EPROTO, "the image belongs to another entry");
+    if (rc) {
+        memfile_unmap(map, n);
+        memset(&l->image, 0, sizeof l->image);
+    }
+    return rc;
+}
+
+int larder_fetch(struct larder *c, const char *ref, int timeout_ms, struct larder_lease *ret,
+                 struct larder_err *e)
+{
+    struct larder_request q = {.type = FRAME_FETCH, .fd = -1, .timeout_ms = timeout_ms};
+    struct larder_lease l = {.fd = -1};
+    struct larder_err why = {0, ""};
+    json_t *answer = NULL;
+    uint64_t n_bytes = 0;
+    int rc = larder_ref_body(ref, &q.body, e);
+
+    if (!rc)
+        rc = larder_ask_json(c, &q, &answer, &l.fd, e);
+    if (rc)
+        return rc;
+    rc = read_answer(answer, &l, &n_bytes, &why);
+    if (!rc)
+        rc = map_image(&l, n_bytes, &why);
+    json_decref(answer);
+    if (!rc) {
+        *ret = l;
+        return 0;
+    }
+    if (rc == LARDER_EPROTO)
+        larder_break(c, &why);
+    else
+        larder_release(c, &l, timeout_ms, NULL); /* nothing mapped; the daemon may drop it */
+    if (l.fd >= 0)
+        close(l.fd);
+    if (e)
+        *e = why;
+    return rc;
+}
+
+int larder_release(struct larder *c, struct larder_lease *lease, int timeout_ms,
+                   struct larder_err *e)
+{
+    json_t *answer = NULL;
+    uint64_t id;
+    int rc;
+
+    if (!lease)
+        return 0;
+    id = lease->id;
+    memfile_unmap(lease->image.base, lease->image.n_bytes);
+    if (lease->fd >= 0)
+        close(lease->fd);
+    memset(lease, 0, sizeof *lease);
+    lease->fd = -1;
+    if (!c)
+        return 0;
+    rc = larder_ask_plain(c, FRAME_RELEASE, json_pack("{s:I}", "lease", (json_int_t)id), timeout_ms,
+                          &answer, e);
+    json_decref(answer);
+    return rc;
+}
