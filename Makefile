@@ -178,7 +178,8 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/libexec/larder \
 	    $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/doc/larder \
 	    $(DESTDIR)/etc/larder $(DESTDIR)$(PREFIX)/lib/systemd/system \
-	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d
+	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
+	    $(foreach s,1 3 5 8,$(DESTDIR)$(PREFIX)/share/man/man$s)
 	install -m 755 $(B)/larderd $(DESTDIR)$(PREFIX)/sbin/larderd
 	install -m 755 $(B)/larder $(B)/larder-prefill $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(B)/liblarder.so $(DESTDIR)$(PREFIX)/lib/liblarder.so.$(SOVERSION)
@@ -186,7 +187,10 @@ install: all
 	install -m 644 $(B)/liblarder.a $(DESTDIR)$(PREFIX)/lib
 	install -m 644 client/larder.h base/larder_status.h ipc/larder_image.h $(DESTDIR)$(PREFIX)/include
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' etc/larder.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/larder.pc
-	sed -e 's|@PREFIX@|$(PREFIX)|' etc/larderd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/larderd.service
+	for u in larderd.service larder-prefill@.service; do \
+	    sed -e 's|@PREFIX@|$(PREFIX)|' etc/$$u > $(DESTDIR)$(PREFIX)/lib/systemd/system/$$u; done
+	for m in client/larder.1 client/liblarder.3 daemon/larder.conf.5 daemon/larderd.8 prefill/larder-prefill.8; do \
+	    install -m 644 $$m $(DESTDIR)$(PREFIX)/share/man/man$${m##*.}; done
 	install -m 644 etc/larder.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/larder.conf
 	install -m 644 etc/larder.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/larder.conf
 	test -e $(DESTDIR)/etc/larder/larder.conf || install -m 644 etc/larder.conf $(DESTDIR)/etc/larder/larder.conf
