@@ -1,0 +1,103 @@
+/* ref.h - private to backend `ref`: packed matrices, the one multiply, shared work.
+ *
+ * Purpose    Everything in `ref` is a product of f32 matrices plus row-wise formulas. The
+ *            product accumulates each element in one chain, k ascending, without fused
+ *            multiply-add: its bits depend on neither instruction set, threads nor the
+ *            number of rows, so that a resumed row equals the same row of one long prefill.
+ * Ownership  Callers own matrices; ref_pack() fills what ref_pack_bytes() sized.
+ * Threads    ref_for() runs items on the backend's threads and returns when all are done.
+ * Errors     LARDER_ENOMEM and what the model reader says.
+ */
+#ifndef LARDER_REF_H
+#define LARDER_REF_H
+
+#include <stdint.h>
+
+#include "backend.h"
+
+#define REF_WIDE 16u  /* columns of a panel */
+#define REF_BLOCK 64u /* rows that one item of work takes */
+
+/* W^T in panels of REF_WIDE columns, zero-padded: [n_out / 16][n_in][16]. */
+struct ref_matrix {
+    uint32_t n_in, n_out;
+    float *panel;
+};
+
+/* c[m][ldc] = a[m][lda] · b; b has `n` columns in panels `panel_stride` apart, whose rows are
+ * `ldb` apart, and k rows. */
+struct ref_mul {
+    const float *a;
+    uint64_t lda;
+    uint32_t m;
+    const float *b;
+    uint64_t ldb, panel_stride;
+    uint32_t k;
+    float *c;
+    uint64_t ldc;
+    uint32_t n;
+};
+
+typedef void ref_mul_fn(const struct ref_mul *x);
+
+/* The fastest multiply for this processor, and its name. */
+ref_mul_fn *ref_mul_pick(const char **ret_isa);
+
+struct ref_backend {
+    struct backend base;
+    ref_mul_fn *mul;
+};
+
+struct layer {
+    float *attn_norm, *ffn_norm;
+    struct ref_matrix qkv, o, gate, up, down;
+};
+
+struct head {
+    float *norm;
+    struct ref_matrix out;
+};
+
+static inline struct ref_backend *ref_of(struct backend *b)
+{
+    return (struct ref_backend *)b;
+}
+
+static inline uint32_t ref_padded(uint32_t n)
+{
+    return (n + REF_WIDE - 1) / REF_WIDE * REF_WIDE;
+}
+
+static inline struct ref_mul ref_by(const struct ref_matrix *w, const float *a, uint64_t lda,
+                                    uint32_t m, float *c, uint64_t ldc)
+{
+    return (struct ref_mul){a, lda, m, w->panel, REF_WIDE, (uint64_t)w->n_in * REF_WIDE, w->n_in,
+                            c, ldc, w->n_out};
+}
+
+/* Rows row0.. of the matrix from src[n][n_in]. */
+void ref_pack_rows(struct ref_matrix *w, uint32_t row0, const float *src, uint32_t n);
+
+/* out[i] = x[i] / rms(x) * w */
+void ref_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *out);
+
+/* fn(arg, item, worker) for each item below n; `worker` < the backend's n_threads. */
+typedef void ref_item_fn(void *arg, uint32_t item, uint32_t worker);
+void ref_for(struct backend *b, uint32_t n, ref_item_fn *fn, void *arg);
+
+/* Floats of scratch per worker, one block for all of them. */
+float *ref_scratch(const struct backend *b, uint64_t per_worker);
+
+int ref_layer_load(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e);
+void ref_layer_free(struct backend *b, struct layer *l);
+int ref_head_load(struct backend *b, struct head **ret, struct larder_err *e);
+void ref_head_free(struct backend *b, struct head *h);
+int ref_logits(struct backend *b, const struct head *h, const float *hidden, uint32_t n, float *out,
+               struct larder_err *e);
+
+int ref_attend(struct backend *b, const struct attend *a, struct larder_err *e);
+int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e);
+int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
+               uint32_t w, float *mass, struct larder_err *e);
+
+#endif
