@@ -30,7 +30,7 @@ enum kv_dtype {
 struct kv_geom {
     uint32_t n_layers;
     uint32_t n_heads;    /* query heads */
-    uint32_t n_kv_heads; /* divides n_heads; query head h reads KV head h / (n_heads / n_kv_heads) */
+    uint32_t n_kv_heads; /* divides n_heads; query head h reads h / (n_heads / n_kv_heads) */
     uint32_t head_dim;   /* elements of a row; even */
 };
 

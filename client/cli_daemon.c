@@ -77,6 +77,12 @@ int cli_status(struct cli *c, struct larder_err *e)
 
 /* ---- models */
 
+/* What the daemon does not know yet is absent. */
+static char *number_or_dash(const json_t *j, const char *key)
+{
+    return cli_num(j, key) ? cli_text("%" PRIu64, cli_num(j, key)) : cli_text("-");
+}
+
 int cli_models(struct cli *c, struct larder_err *e)
 {
     static const char *const heading[] = {"NAME",  "TEMPLATE",  "BACKEND", "DTYPE", "POSITIONS",
@@ -105,8 +111,7 @@ int cli_models(struct cli *c, struct larder_err *e)
         cli_table_add(&t, cli_text("%s", cli_str(m, "template")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "backend")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "dtype")));
-        cli_table_add(&t, cli_num(m, "n_positions") ? cli_text("%" PRIu64, cli_num(m, "n_positions"))
-                                                    : cli_text("-"));
+        cli_table_add(&t, number_or_dash(m, "n_positions"));
         cli_table_add(&t, cli_text("%s", cli_str(m, "worker")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "policy")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "path")));
@@ -188,7 +193,8 @@ static char *job_progress(const json_t *j)
 
 int cli_jobs(struct cli *c, struct larder_err *e)
 {
-    static const char *const heading[] = {"JOB", "STATE", "NAME", "MODEL", "TOKENS", "TIME", "DETAIL"};
+    static const char *const heading[] = {"JOB",    "STATE", "NAME",  "MODEL",
+                                          "TOKENS", "TIME",  "DETAIL"};
     json_t *answer = NULL;
     const json_t *j;
     struct cli_table t;
@@ -209,8 +215,7 @@ int cli_jobs(struct cli *c, struct larder_err *e)
         cli_table_add(&t, cli_text("%s", cli_str(j, "state")));
         cli_table_add(&t, cli_text("%s", *cli_str(j, "name") ? cli_str(j, "name") : "-"));
         cli_table_add(&t, cli_text("%s", cli_str(j, "model")));
-        cli_table_add(&t, cli_num(j, "n_ctx") ? cli_text("%" PRIu64, cli_num(j, "n_ctx"))
-                                              : cli_text("-"));
+        cli_table_add(&t, number_or_dash(j, "n_ctx"));
         cli_table_add(&t, cli_duration(c, cli_num(j, "elapsed_ms")));
         cli_table_add(&t, job_progress(j));
     }

@@ -102,7 +102,7 @@ static void print_option(enum cli_opt o)
 static void print_help(void)
 {
     printf("usage: larder COMMAND [OPTION...] [ARGUMENT...]\n\n"
-           "Keeps pruned KV caches of documents, computed ahead of time, and answers from them.\n\n");
+           "Keeps pruned KV caches of documents, made ahead of time, and answers from them.\n\n");
     for (size_t i = 0; i < N_COMMANDS; i++)
         printf("  %-14s%s\n", commands[i].name, commands[i].help);
     printf("\nEvery command takes:\n");

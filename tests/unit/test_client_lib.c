@@ -13,8 +13,8 @@
 
 #define KEY "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 #define ENTRY \
-    "{\"key\":\"" KEY "\",\"name\":\"default/doc\",\"model\":\"m\",\"policy\":\"full\",\"n_ctx\":9," \
-    "\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":100,\"image_bytes\":50,\"stored_bytes\":40," \
+    "{\"key\":\"" KEY "\",\"name\":\"default/doc\",\"model\":\"m\",\"policy\":\"full\"," \
+    "\"n_ctx\":9,\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":100,\"image_bytes\":50,\"stored_bytes\":40," \
     "\"rows_total\":7,\"precision\":\"bf16\",\"pinned\":true,\"created\":5,\"prefill_ms\":6," \
     "\"hits\":3,\"damaged\":false,\"from_the_future\":1}"
 #define SOON 5000
