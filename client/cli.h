@@ -114,7 +114,7 @@ struct cli_table {
     char **cell;
 };
 void cli_table_start(struct cli_table *t, unsigned n_cols, const char *const *heading);
-void cli_table_add(struct cli_table *t, char *cell); /* takes it over */
+void cli_table_add(struct cli_table *t, char *cell);            /* takes it over */
 void cli_table_print(struct cli_table *t, const struct cli *c); /* and frees it */
 
 /* "label: value" lines: aligned on a terminal, tab-separated elsewhere. Takes `value` over. */

@@ -62,15 +62,15 @@ int cli_status(struct cli *c, struct larder_err *e)
         json_decref(st);
         return 0;
     }
-    cli_pair(c, "larderd", cli_text("%s, process %" PRIu64, cli_str(st, "version"),
-                                    cli_num(st, "pid")));
+    cli_pair(c, "larderd",
+             cli_text("%s, process %" PRIu64, cli_str(st, "version"), cli_num(st, "pid")));
     cli_pair(c, "socket", cli_text("%s", larder_path(c->conn)));
     cli_pair(c, "up", cli_duration(c, 1000 * cli_num(st, "uptime_s")));
     print_store(c, json_object_get(st, "store"));
     print_activity(c, st);
-    json_array_foreach(json_object_get(st, "models"), i, model)
-        cli_pair(c, "model", cli_text("%s, worker %s", cli_str(model, "name"),
-                                      cli_str(model, "worker")));
+    json_array_foreach (json_object_get(st, "models"), i, model)
+        cli_pair(c, "model",
+                 cli_text("%s, worker %s", cli_str(model, "name"), cli_str(model, "worker")));
     json_decref(st);
     return 0;
 }
@@ -85,8 +85,8 @@ static char *number_or_dash(const json_t *j, const char *key)
 
 int cli_models(struct cli *c, struct larder_err *e)
 {
-    static const char *const heading[] = {"NAME",  "TEMPLATE",  "BACKEND", "DTYPE", "POSITIONS",
-                                          "WORKER", "POLICY", "PATH"};
+    static const char *const heading[] = {"NAME",      "TEMPLATE", "BACKEND", "DTYPE",
+                                          "POSITIONS", "WORKER",   "POLICY",  "PATH"};
     const json_t *m, *models;
     struct cli_table t;
     json_t *st = NULL;
@@ -105,8 +105,7 @@ int cli_models(struct cli *c, struct larder_err *e)
         return 0;
     }
     cli_table_start(&t, 8, heading);
-    json_array_foreach(models, i, m)
-    {
+    json_array_foreach (models, i, m) {
         cli_table_add(&t, cli_text("%s", cli_str(m, "name")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "template")));
         cli_table_add(&t, cli_text("%s", cli_str(m, "backend")));
@@ -141,8 +140,7 @@ static const json_t *pick_model(const json_t *models, const char *name, struct l
                     json_array_size(models));
         return NULL;
     }
-    json_array_foreach(models, i, m)
-    {
+    json_array_foreach (models, i, m) {
         if (!strcmp(cli_str(m, "name"), name))
             return m;
     }
@@ -209,8 +207,7 @@ int cli_jobs(struct cli *c, struct larder_err *e)
         return 0;
     }
     cli_table_start(&t, 7, heading);
-    json_array_foreach(json_object_get(answer, "jobs"), i, j)
-    {
+    json_array_foreach (json_object_get(answer, "jobs"), i, j) {
         cli_table_add(&t, cli_text("%" PRIu64, cli_num(j, "job")));
         cli_table_add(&t, cli_text("%s", cli_str(j, "state")));
         cli_table_add(&t, cli_text("%s", *cli_str(j, "name") ? cli_str(j, "name") : "-"));

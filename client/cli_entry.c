@@ -23,8 +23,8 @@ static json_t *entry_body(const char *ref, struct larder_err *e)
 
 /* ---- ls */
 
-static const char *const ls_heading[] = {"NAME",   "KEY",    "MODEL",  "TOKENS",  "FULL",
-                                         "IMAGE",  "STORED", "POLICY", "CREATED", "FLAGS"};
+static const char *const ls_heading[] = {"NAME",  "KEY",    "MODEL",  "TOKENS",  "FULL",
+                                         "IMAGE", "STORED", "POLICY", "CREATED", "FLAGS"};
 
 static void ls_line(const struct cli *c, struct cli_table *t, const json_t *en)
 {
@@ -115,10 +115,8 @@ static char *rows_text(const json_t *rows, uint64_t total)
     uint64_t min = UINT64_MAX, max = 0;
     size_t l, h;
 
-    json_array_foreach(rows, l, layer)
-    {
-        json_array_foreach(layer, h, head)
-        {
+    json_array_foreach (rows, l, layer) {
+        json_array_foreach (layer, h, head) {
             uint64_t n = (uint64_t)json_integer_value(head);
 
             min = n < min ? n : min;
@@ -142,9 +140,9 @@ static void show_source(const struct cli *c, const json_t *en)
     cli_pair(c, "policy", cli_text("%s", cli_str(en, "policy")));
     cli_pair(c, "tokens", cli_text("%" PRIu64, cli_num(en, "n_ctx")));
     cli_pair(c, "next position", cli_text("%" PRIu64, cli_num(en, "next_pos")));
-    cli_pair(c, "selection layer", json_is_integer(sel)
-                                       ? cli_text("%" PRIu64, cli_num(en, "sel_layer"))
-                                       : cli_text("none"));
+    cli_pair(c, "selection layer",
+             json_is_integer(sel) ? cli_text("%" PRIu64, cli_num(en, "sel_layer"))
+                                  : cli_text("none"));
     cli_pair(c, "rows kept", rows_text(json_object_get(en, "rows"), cli_num(en, "rows_total")));
 }
 
@@ -181,7 +179,7 @@ static void show_document(const struct cli *c, const json_t *en)
         fwrite(json_string_value(text), 1, json_string_length(text), stdout);
     if (!c->opt[OPT_SHOW_TOKENS])
         return;
-    json_array_foreach(json_object_get(en, "tokens"), i, id)
+    json_array_foreach (json_object_get(en, "tokens"), i, id)
         printf("%s%" JSON_INTEGER_FORMAT, i ? " " : "", json_integer_value(id));
     putchar('\n');
 }
@@ -285,8 +283,7 @@ static int report_verify(const struct cli *c, const json_t *answer)
                cli_num(answer, "checked"), size, json_array_size(damaged));
         mem_free(size);
     }
-    json_array_foreach(damaged, i, d)
-    {
+    json_array_foreach (damaged, i, d) {
         char *what = cli_text("%s", *cli_str(d, "name") ? cli_str(d, "name") : cli_str(d, "key"));
 
         larder_fail(&e, LARDER_EDAMAGED, "%s", cli_str(d, "message"));

@@ -136,8 +136,7 @@ const char *cli_basename(const char *path)
 
 int cli_name_of(const char *path, char out[NAME_MAX_ENTRY + 1], struct larder_err *e)
 {
-    static const char plain[] =
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
     size_t n = 0;
 
     if (!*path || strlen(path) > NAME_MAX_ENTRY)

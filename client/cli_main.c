@@ -57,6 +57,7 @@ struct command_row {
     enum cli_opt opts[MAX_COMMAND_OPTS];
 };
 
+/* clang-format off: one command, one paragraph */
 static const struct command_row commands[] = {
     {"put", "FILE|DIR|JSONL...", "Store documents: prefill them once, keep the pruned cache.",
      cli_put, 0, -1,
@@ -84,6 +85,7 @@ static const struct command_row commands[] = {
     {"cancel", "JOB...", "Cancel jobs.", cli_cancel, 1, -1, {NONE}},
     {"models", "", "List the configured models.", cli_models, 0, 0, {NONE}},
 };
+/* clang-format on */
 #define N_COMMANDS (sizeof commands / sizeof *commands)
 
 static const enum cli_opt common[] = {OPT_JSON, OPT_SOCKET, OPT_HELP, OPT_VERSION};
@@ -198,9 +200,8 @@ static void long_options(const struct command_row *cmd, struct option out[N_OPTS
 
     for (int o = 0; o < N_OPTS; o++)
         if (takes(cmd, (enum cli_opt)o))
-            out[n++] = (struct option){options[o].name,
-                                       options[o].value ? required_argument : no_argument, NULL,
-                                       256 + o};
+            out[n++] = (struct option){
+                options[o].name, options[o].value ? required_argument : no_argument, NULL, 256 + o};
     memset(&out[n], 0, sizeof out[n]);
 }
 

@@ -206,8 +206,8 @@ static int send_document(struct put_run *r, const struct larder_document *d, con
                                    .pin = c->opt[OPT_PIN] != NULL};
 
     if (!strcmp(d->source, "tokens"))
-        return larder_put_tokens(c->conn, d->bytes, d->len / sizeof(uint32_t), &o, CLI_WORK_MS,
-                                 ret, e);
+        return larder_put_tokens(c->conn, d->bytes, d->len / sizeof(uint32_t), &o, CLI_WORK_MS, ret,
+                                 e);
     return larder_put_text(c->conn, d->bytes, d->len, &o, CLI_WORK_MS, ret, e);
 }
 
@@ -490,8 +490,10 @@ static int check_options(const struct cli *c, struct larder_err *e)
     if (name && (n > 1 || (c->n_args && (is_dir(c->arg[0]) || is_jsonl(c->arg[0])))))
         return cli_usage(e, "--name is for one document");
     if (name && !name_is_entry(name))
-        return cli_usage(e, "'%.64s' is no name: use letters, digits, . _ - and, not first, "
-                            "/ + @ : , = (a namespace goes with --namespace)", name);
+        return cli_usage(e,
+                         "'%.64s' is no name: use letters, digits, . _ - and, not first, "
+                         "/ + @ : , = (a namespace goes with --namespace)",
+                         name);
     if (c->opt[OPT_NAMESPACE] && !name_is_namespace(c->opt[OPT_NAMESPACE]))
         return cli_usage(e, "'%.64s' is no namespace: use letters, digits, . _ -",
                          c->opt[OPT_NAMESPACE]);

@@ -83,14 +83,14 @@ struct larder_job {
     char name[LARDER_NAME_BYTES]; /* full; empty when the document is unnamed */
     char model[LARDER_MODEL_BYTES];
     char policy[LARDER_POLICY_BYTES];
-    char pass[32];         /* "tokenize", "prefill" or "store" */
-    uint32_t layer;        /* layers finished in this pass ... */
-    uint32_t n_layers;     /* ... of so many */
-    uint32_t n_ctx;        /* tokens of the document */
-    int stored_already;    /* the entry was there; nothing was computed */
+    char pass[32];      /* "tokenize", "prefill" or "store" */
+    uint32_t layer;     /* layers finished in this pass ... */
+    uint32_t n_layers;  /* ... of so many */
+    uint32_t n_ctx;     /* tokens of the document */
+    int stored_already; /* the entry was there; nothing was computed */
     uint64_t prefill_ms;
     uint64_t elapsed_ms;
-    int code;              /* of a failed job: a LARDER_E* code ... */
+    int code;                         /* of a failed job: a LARDER_E* code ... */
     char message[LARDER_ERR_MSG_MAX]; /* ... and its message */
 };
 
@@ -115,8 +115,8 @@ LARDER_API int larder_put_tokens(struct larder *c, const uint32_t *ids, size_t n
                                  struct larder_job *ret, struct larder_err *e);
 
 /* State of a job. LARDER_ENOTFOUND: unknown, or finished long ago. */
-LARDER_API int larder_job_get(struct larder *c, uint64_t id, int timeout_ms,
-                              struct larder_job *ret, struct larder_err *e);
+LARDER_API int larder_job_get(struct larder *c, uint64_t id, int timeout_ms, struct larder_job *ret,
+                              struct larder_err *e);
 
 /* Called from within larder_watch(), on its thread; `job` is borrowed during the call. It must
  * not use the connection. */

@@ -22,8 +22,8 @@ typedef void larder_on_event(void *arg, const json_t *body);
 
 struct larder_request {
     enum frame_type type;
-    json_t *body; /* stolen, also on failure; NULL means that it could not be built */
-    int fd;       /* descriptor to send, or -1 */
+    json_t *body;              /* stolen, also on failure; NULL means that it could not be built */
+    int fd;                    /* descriptor to send, or -1 */
     larder_on_event *on_event; /* NULL: an EVENT is a protocol error */
     void *arg;
     int timeout_ms;

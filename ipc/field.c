@@ -175,8 +175,7 @@ int field_only(const json_t *body, const char *const *allowed, struct larder_err
     const char *key;
     json_t *v;
 
-    json_object_foreach((json_t *)(uintptr_t)body, key, v)
-    {
+    json_object_foreach ((json_t *)(uintptr_t)body, key, v) {
         if (!in_list(key, allowed))
             return larder_fail(e, LARDER_EPROTO, "unknown field '%.64s'", key);
     }

@@ -17,8 +17,8 @@
 const char *frame_type_name(int type)
 {
     switch (type) {
-#define X(name, number) \
-    case number: \
+#define X(name, number)                                                                            \
+    case number:                                                                                   \
         return #name;
         FRAME_TYPE_LIST(X)
 #undef X

@@ -184,8 +184,8 @@ struct head_entry {
 
 static struct head_entry read_head(const struct larder_image *im, uint32_t i)
 {
-    struct rd r = rd_init(im->base + im->heads_off + (uint64_t)i * IMAGE_HEAD_BYTES,
-                          IMAGE_HEAD_BYTES);
+    struct rd r =
+        rd_init(im->base + im->heads_off + (uint64_t)i * IMAGE_HEAD_BYTES, IMAGE_HEAD_BYTES);
     struct head_entry h;
 
     h.n_rows = rd_u32(&r);

@@ -36,8 +36,8 @@ struct image_front image_take_front(struct image_cursor *c, const struct kv_geom
     struct image_front f;
 
     *c = (struct image_cursor){LARDER_IMAGE_HEADER_BYTES, false};
-    f.heads_off = image_take(c, LARDER_IMAGE_ALIGN, (uint64_t)g->n_layers * g->n_kv_heads,
-                             IMAGE_HEAD_BYTES);
+    f.heads_off =
+        image_take(c, LARDER_IMAGE_ALIGN, (uint64_t)g->n_layers * g->n_kv_heads, IMAGE_HEAD_BYTES);
     f.tokens_off = image_take(c, LARDER_IMAGE_ALIGN, n_ctx, 4);
     f.logits_off = image_take(c, LARDER_IMAGE_ALIGN, n_vocab, 4);
     f.text_off = image_take(c, LARDER_IMAGE_ALIGN, text_len, 1);
@@ -105,8 +105,8 @@ int image_plan_new(struct image_plan **ret, const struct image_spec *spec, uint6
         return rc;
     p = mem_zalloc(1, sizeof *p);
     if (p)
-        p->slot = mem_zalloc((uint64_t)spec->geom.n_layers * spec->geom.n_kv_heads,
-                             sizeof *p->slot);
+        p->slot =
+            mem_zalloc((uint64_t)spec->geom.n_layers * spec->geom.n_kv_heads, sizeof *p->slot);
     if (!p || !p->slot) {
         image_plan_free(p);
         return larder_fail(e, LARDER_ENOMEM, "no memory to plan an image");

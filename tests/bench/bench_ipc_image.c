@@ -37,8 +37,13 @@ static int by_value(const void *a, const void *b)
 static int make_image(bool has_bias, int *ret_fd, uint64_t *ret_bytes)
 {
     static uint32_t rows[N_LAYERS * N_KV];
-    struct image_spec s = {.geom = {N_LAYERS, 9, N_KV, 64}, .dtype = KV_BF16, .has_bias = has_bias,
-                           .n_ctx = N_CTX, .next_pos = N_CTX, .n_vocab = 49152, .text_len = 20000,
+    struct image_spec s = {.geom = {N_LAYERS, 9, N_KV, 64},
+                           .dtype = KV_BF16,
+                           .has_bias = has_bias,
+                           .n_ctx = N_CTX,
+                           .next_pos = N_CTX,
+                           .n_vocab = 49152,
+                           .text_len = 20000,
                            .rows = rows};
     struct image_plan *p = NULL;
     void *map = NULL;

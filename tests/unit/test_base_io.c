@@ -321,8 +321,8 @@ static void a_missing_seal_is_refused(void **state)
     }
     int fd = memfd_create("t", MFD_ALLOW_SEALING);
     assert_int_equal(write(fd, "hello", 5), 5);
-    assert_int_equal(fcntl(fd, F_ADD_SEALS,
-                           F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL), 0);
+    assert_int_equal(
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL), 0);
     assert_int_equal(memfile_map(fd, 5, 5, &map, NULL, NULL), LARDER_EPROTO);
     close(fd);
 }

@@ -14,10 +14,10 @@
 #include "image_plan.h"
 
 #define KEY "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
-#define ENTRY(name) \
-    "{\"key\":\"" KEY "\",\"name\":\"" name "\",\"model\":\"m\",\"policy\":\"full\",\"n_ctx\":9," \
-    "\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":2097152,\"image_bytes\":1048576," \
-    "\"stored_bytes\":40,\"rows_total\":7,\"precision\":\"bf16\",\"pinned\":true,\"created\":5," \
+#define ENTRY(name)                                                                                \
+    "{\"key\":\"" KEY "\",\"name\":\"" name "\",\"model\":\"m\",\"policy\":\"full\",\"n_ctx\":9,"  \
+    "\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":2097152,\"image_bytes\":1048576,"            \
+    "\"stored_bytes\":40,\"rows_total\":7,\"precision\":\"bf16\",\"pinned\":true,\"created\":5,"   \
     "\"prefill_ms\":6,\"hits\":3,\"damaged\":false"
 
 /* ---- the daemon */
@@ -39,7 +39,8 @@ static void answer_put(int sock, const struct frame *f, int fd)
     snprintf(put_names[job], sizeof put_names[job], "%s/%s", ns, name);
     if (!strncmp(text, "refuse", 6)) {
         fake_send(sock, FRAME_ERROR, f->seq,
-                  "{\"code\":-14,\"status\":\"LARDER_EPOLICY\",\"message\":\"no such policy\"}", -1);
+                  "{\"code\":-14,\"status\":\"LARDER_EPOLICY\",\"message\":\"no such policy\"}",
+                  -1);
         return;
     }
     snprintf(json, sizeof json, "{\"job\":%d,\"state\":\"%s\"}", job,
@@ -64,15 +65,20 @@ static void answer_watch(int sock, const struct frame *f)
                  "\"prefill_ms\":6,\"stored_already\":%s}",
                  (int)job, name, strstr(name, "old") ? "true" : "false");
     fake_send(sock, FRAME_EVENT, f->seq,
-              "{\"job\":1,\"state\":\"running\",\"pass\":\"prefill\",\"layer\":1,\"layers\":2}", -1);
+              "{\"job\":1,\"state\":\"running\",\"pass\":\"prefill\",\"layer\":1,\"layers\":2}",
+              -1);
     fake_send(sock, FRAME_OK, f->seq, json, -1);
 }
 
 static void answer_fetch(int sock, uint32_t seq)
 {
     static const uint32_t rows[1] = {2};
-    struct image_spec s = {.geom = {1, 1, 1, 2}, .dtype = KV_BF16, .n_ctx = 9, .next_pos = 9,
-                           .n_vocab = 2, .rows = rows};
+    struct image_spec s = {.geom = {1, 1, 1, 2},
+                           .dtype = KV_BF16,
+                           .n_ctx = 9,
+                           .next_pos = 9,
+                           .n_vocab = 2,
+                           .rows = rows};
     struct image_plan *p = NULL;
     uint8_t *base;
     char json[1024];
@@ -102,7 +108,8 @@ static void answer_show(int sock, const struct frame *f)
     else
         fake_send(sock, FRAME_OK, f->seq,
                   "{\"entry\":" ENTRY("d/x") ",\"template\":\"t\\u001b[31m\",\"rows\":[[3,4]],"
-                  "\"text\":\"line 1\\nline 2\\n\",\"tokens\":[5,6,7]}}", -1);
+                                             "\"text\":\"line 1\\nline 2\\n\",\"tokens\":[5,6,7]}}",
+                  -1);
 }
 
 static void answer_ls(int sock, const struct frame *f)
@@ -113,8 +120,9 @@ static void answer_ls(int sock, const struct frame *f)
         fake_send(sock, FRAME_OK, f->seq, "{\"entries\":[" ENTRY("d/one") "}],\"more\":true}", -1);
 }
 
-#define MODEL "{\"name\":\"m\",\"path\":\"/models/m.gguf\",\"template\":\"smollm2\"," \
-              "\"policy\":\"asl\",\"worker\":\"stopped\"}"
+#define MODEL                                                                                      \
+    "{\"name\":\"m\",\"path\":\"/models/m.gguf\",\"template\":\"smollm2\","                        \
+    "\"policy\":\"asl\",\"worker\":\"stopped\"}"
 
 static void shop(int sock)
 {
@@ -123,31 +131,45 @@ static void shop(int sock)
 
     while (fake_next(sock, &f, &fd)) {
         switch (f.type) {
-        case FRAME_PUT: answer_put(sock, &f, fd); break;
-        case FRAME_WATCH: answer_watch(sock, &f); break;
-        case FRAME_FETCH: answer_fetch(sock, f.seq); break;
+        case FRAME_PUT:
+            answer_put(sock, &f, fd);
+            break;
+        case FRAME_WATCH:
+            answer_watch(sock, &f);
+            break;
+        case FRAME_FETCH:
+            answer_fetch(sock, f.seq);
+            break;
         case FRAME_RM:
-        case FRAME_SHOW: answer_show(sock, &f); break;
-        case FRAME_LS: answer_ls(sock, &f); break;
+        case FRAME_SHOW:
+            answer_show(sock, &f);
+            break;
+        case FRAME_LS:
+            answer_ls(sock, &f);
+            break;
         case FRAME_VERIFY:
             fake_send(sock, FRAME_EVENT, f.seq, "{\"done\":1,\"of\":2}", -1);
             fake_send(sock, FRAME_OK, f.seq,
                       "{\"checked\":2,\"bytes\":99,\"damaged\":[{\"key\":\"" KEY
-                      "\",\"name\":\"d/x\",\"message\":\"extent 3\"}]}", -1);
+                      "\",\"name\":\"d/x\",\"message\":\"extent 3\"}]}",
+                      -1);
             break;
         case FRAME_EXPLAIN:
             fake_send(sock, FRAME_OK, f.seq,
                       "{\"reason\":\"other_policy\",\"message\":\"stored with full\"}", -1);
             break;
         case FRAME_JOBS:
-            fake_send(sock, FRAME_OK, f.seq,
-                      "{\"jobs\":[{\"job\":3,\"state\":\"running\",\"name\":\"d/x\",\"model\":\"m\","
-                      "\"pass\":\"prefill\",\"layer\":1,\"layers\":2,\"elapsed_ms\":70}]}", -1);
+            fake_send(
+                sock, FRAME_OK, f.seq,
+                "{\"jobs\":[{\"job\":3,\"state\":\"running\",\"name\":\"d/x\",\"model\":\"m\","
+                "\"pass\":\"prefill\",\"layer\":1,\"layers\":2,\"elapsed_ms\":70}]}",
+                -1);
             break;
         case FRAME_STATUS:
             fake_send(sock, FRAME_OK, f.seq,
                       "{\"version\":\"1\",\"pid\":7,\"uptime_s\":5,\"store\":{\"dir\":\"/d\"},"
-                      "\"models\":[" MODEL "]}", -1);
+                      "\"models\":[" MODEL "]}",
+                      -1);
             break;
         default:
             fake_send(sock, FRAME_OK, f.seq, "{\"job\":3,\"state\":\"canceled\"}", -1);
@@ -183,8 +205,7 @@ static int run(struct env *v, const char *args)
 {
     char *cmd = NULL;
 
-    assert_true(asprintf(&cmd,
-                         "cd '%s' && LARDER_SOCKET='%s' ./larder %s >.out 2>.err </dev/null",
+    assert_true(asprintf(&cmd, "cd '%s' && LARDER_SOCKET='%s' ./larder %s >.out 2>.err </dev/null",
                          v->d.dir, v->d.path, args) > 0);
     v->status = system(cmd);
     free(cmd);
@@ -214,7 +235,8 @@ static const char engine_text[] =
     "case $5 in --image-fd) : ;; esac\n"
     "fd=; prev=; for a; do [ \"$prev\" = --image-fd ] && fd=$a; prev=$a; done\n"
     "[ -z \"$fd\" ] || head -c 8 <&$fd >magic\n"
-    "case $* in *crash*) kill -9 $$ ;; *fail*) echo 'larder-prefill: no (LARDER_EMODEL)' >&2; exit 1 ;; esac\n"
+    "case $* in *crash*) kill -9 $$ ;; *fail*) echo 'larder-prefill: no (LARDER_EMODEL)' >&2; exit "
+    "1 ;; esac\n"
     "case $* in *--json*) echo '{\"text\":\"42\",\"ttft_ms\":1.5}' ;; *) echo 42 ;; esac\n";
 
 static char built[PATH_MAX]; /* build/larder of this variant */
@@ -257,7 +279,8 @@ static void put_tells_what_became_of_each_document(void **state)
     assert_string_equal(v->err, "");
     assert_int_equal(run(v, "put new.txt"), 0);
     assert_string_equal(v->out, "queued\tdefault/new.txt\t2\t\t0\t0\n");
-    assert_int_equal(run(v, "put new.txt old.txt bad.txt refused.txt empty.txt none.txt --wait"), 1);
+    assert_int_equal(run(v, "put new.txt old.txt bad.txt refused.txt empty.txt none.txt --wait"),
+                     1);
     assert_string_equal(v->out, "failed\tdefault/refused.txt\t0\t\t0\t0\n"
                                 "failed\tdefault/empty.txt\t0\t\t0\t0\n"
                                 "failed\tnone.txt\t0\t\t0\t0\n"
@@ -265,8 +288,10 @@ static void put_tells_what_became_of_each_document(void **state)
                                 "already_stored\tdefault/old.txt\t4\t" KEY "\t9\t6\n"
                                 "failed\tdefault/bad.txt\t5\t\t0\t0\n");
     assert_non_null(strstr(v->err, "larder: default/bad.txt: byte 7 (LARDER_ETEXT)\n"));
-    assert_non_null(strstr(v->err, "larder: default/refused.txt: no such policy (LARDER_EPOLICY)\n"));
-    assert_non_null(strstr(v->err, "larder: default/empty.txt: the document is empty (LARDER_EEMPTY)"));
+    assert_non_null(
+        strstr(v->err, "larder: default/refused.txt: no such policy (LARDER_EPOLICY)\n"));
+    assert_non_null(
+        strstr(v->err, "larder: default/empty.txt: the document is empty (LARDER_EEMPTY)"));
     assert_non_null(strstr(v->err, "larder: none.txt: cannot open none.txt: No such file"));
     assert_non_null(strstr(v->err, "1 stored, 1 already stored, 0 queued, 4 failed\n"));
 }
@@ -281,17 +306,21 @@ static void put_walks_directories_and_records_in_order(void **state)
     put_file(v, "c/b file.txt", "hello");
     put_file(v, "c/sub/a..txt", "hello");
     put_file(v, "c/.hidden", "hello");
-    put_file(v, "c/r.jsonl", "{\"id\":7,\"text\":\"seven\"}\n\n{\"name\":\"n/m\",\"text\":\"x\"}\n"
-                             "{\"text\":\"y\"}\n{\"id\":8}\n[1]\n{\"name\":\"n/m\",\"text\":\"x\"}");
+    put_file(v, "c/r.jsonl",
+             "{\"id\":7,\"text\":\"seven\"}\n\n{\"name\":\"n/m\",\"text\":\"x\"}\n"
+             "{\"text\":\"y\"}\n{\"id\":8}\n[1]\n{\"name\":\"n/m\",\"text\":\"x\"}");
     assert_int_equal(run(v, "put c/ --namespace team --json"), 1);
-    assert_string_equal(v->out,
+    assert_string_equal(
+        v->out,
         "{\"name\":\"team/b_file.txt\",\"result\":\"queued\",\"job\":1}\n"
         "{\"name\":\"team/7\",\"result\":\"queued\",\"job\":2}\n"
         "{\"name\":\"team/n/m\",\"result\":\"queued\",\"job\":3}\n"
         "{\"name\":\"team/r.jsonl:4\",\"result\":\"queued\",\"job\":4}\n"
-        "{\"name\":\"c/r.jsonl, line 5\",\"result\":\"failed\",\"code\":-1,\"status\":\"LARDER_EINVAL\","
+        "{\"name\":\"c/r.jsonl, line "
+        "5\",\"result\":\"failed\",\"code\":-1,\"status\":\"LARDER_EINVAL\","
         "\"message\":\"no \\\"text\\\" string in this record\"}\n"
-        "{\"name\":\"c/r.jsonl, line 6\",\"result\":\"failed\",\"code\":-1,\"status\":\"LARDER_EINVAL\","
+        "{\"name\":\"c/r.jsonl, line "
+        "6\",\"result\":\"failed\",\"code\":-1,\"status\":\"LARDER_EINVAL\","
         "\"message\":\"not a JSON object: the JSON is not an object\"}\n"
         "{\"name\":\"team/n/m\",\"result\":\"failed\",\"code\":-1,\"status\":\"LARDER_EINVAL\","
         "\"message\":\"another document of this run has this name already\"}\n"
@@ -336,9 +365,8 @@ static void entries_are_listed_over_pages_and_shown(void **state)
     struct env *v = *state;
 
     assert_int_equal(run(v, "ls"), 0);
-    assert_string_equal(v->out,
-                        "d/one\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n"
-                        "d/two\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n");
+    assert_string_equal(v->out, "d/one\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n"
+                                "d/two\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n");
     assert_int_equal(run(v, "ls --json"), 0);
     assert_int_equal(strncmp(v->out, "{\"entries\":[{\"key\":\"aaaa", 22), 0);
     assert_int_equal(run(v, "show x"), 0);
@@ -414,7 +442,8 @@ static void ask_hands_the_image_to_the_engine_beside_it(void **state)
     assert_int_equal(strncmp(v->out, "{\"text\":\"42\",\"ttft_ms\":1.5,\"fetch_ms\":", 38), 0);
     assert_int_equal(run(v, "ask --file doc -- --what"), 0);
     slurp(v, "args", args, sizeof args);
-    assert_string_equal(args, "ask|--model|/models/m.gguf|--file|doc|--template|smollm2|--|--what|");
+    assert_string_equal(args,
+                        "ask|--model|/models/m.gguf|--file|doc|--template|smollm2|--|--what|");
     assert_int_equal(run(v, "-S /nowhere ask --model ./f --file doc q --json"), 0);
     assert_string_equal(v->out, "{\"text\":\"42\",\"ttft_ms\":1.5}\n");
     assert_int_equal(run(v, "ask none q"), 1);
@@ -452,9 +481,25 @@ static void trace_passes_the_model_and_its_policy(void **state)
 static void nonsense_on_the_command_line_is_status_2(void **state)
 {
     static const char *const bad[] = {
-        "", "frob", "--frob", "ls --frob", "ls x", "ls -S", "show", "show a b", "put", "ask x",
-        "put a b --name n", "put - ", "put a --name ../x", "put a --namespace a/b", "ask x q r",
-        "ask --file a --doc-tokens b q", "ask x q --tokens t", "ask x q --policy full", "cancel x",
+        "",
+        "frob",
+        "--frob",
+        "ls --frob",
+        "ls x",
+        "ls -S",
+        "show",
+        "show a b",
+        "put",
+        "ask x",
+        "put a b --name n",
+        "put - ",
+        "put a --name ../x",
+        "put a --namespace a/b",
+        "ask x q r",
+        "ask --file a --doc-tokens b q",
+        "ask x q --tokens t",
+        "ask x q --policy full",
+        "cancel x",
     };
     struct env *v = *state;
 

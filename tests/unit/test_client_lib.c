@@ -12,10 +12,11 @@
 #include "larder.h"
 
 #define KEY "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
-#define ENTRY \
-    "{\"key\":\"" KEY "\",\"name\":\"default/doc\",\"model\":\"m\",\"policy\":\"full\"," \
-    "\"n_ctx\":9,\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":100,\"image_bytes\":50,\"stored_bytes\":40," \
-    "\"rows_total\":7,\"precision\":\"bf16\",\"pinned\":true,\"created\":5,\"prefill_ms\":6," \
+#define ENTRY                                                                                      \
+    "{\"key\":\"" KEY "\",\"name\":\"default/doc\",\"model\":\"m\",\"policy\":\"full\","           \
+    "\"n_ctx\":9,\"next_pos\":9,\"sel_layer\":null,\"full_bytes\":100,\"image_bytes\":50,"         \
+    "\"stored_bytes\":40,"                                                                         \
+    "\"rows_total\":7,\"precision\":\"bf16\",\"pinned\":true,\"created\":5,\"prefill_ms\":6,"      \
     "\"hits\":3,\"damaged\":false,\"from_the_future\":1}"
 #define SOON 5000
 
@@ -47,8 +48,13 @@ static int count_fds(void)
 static uint8_t *image_bytes(uint64_t *ret_n, void (*spoil)(uint8_t *base, uint64_t n))
 {
     static const uint32_t rows[2] = {3, 2};
-    struct image_spec s = {.geom = {2, 2, 1, 4}, .dtype = KV_BF16, .n_ctx = 9, .next_pos = 9,
-                           .n_vocab = 5, .text_len = 4, .rows = rows};
+    struct image_spec s = {.geom = {2, 2, 1, 4},
+                           .dtype = KV_BF16,
+                           .n_ctx = 9,
+                           .next_pos = 9,
+                           .n_vocab = 5,
+                           .text_len = 4,
+                           .rows = rows};
     struct image_plan *p = NULL;
     uint8_t *base;
 
@@ -113,7 +119,8 @@ static void answer_document(int sock, const struct frame *f, int fd)
     else {
         snprintf(json, sizeof json,
                  "{\"job\":12,\"state\":\"queued\",\"name\":\"%s/%s\",\"policy\":\"%s\","
-                 "\"model\":\"%s\"}", ns, name, policy, source);
+                 "\"model\":\"%s\"}",
+                 ns, name, policy, source);
         fake_send(sock, FRAME_OK, f->seq, json, -1);
     }
 }
@@ -123,14 +130,16 @@ static void answer_watch(int sock, uint32_t seq)
     for (int layer = 1; layer <= 3; layer++) {
         char json[256];
 
-        snprintf(json, sizeof json,
-                 "{\"job\":12,\"state\":\"running\",\"pass\":\"prefill\",\"layer\":%d,\"layers\":3}",
-                 layer);
+        snprintf(
+            json, sizeof json,
+            "{\"job\":12,\"state\":\"running\",\"pass\":\"prefill\",\"layer\":%d,\"layers\":3}",
+            layer);
         fake_send(sock, FRAME_EVENT, seq, json, -1);
     }
     fake_send(sock, FRAME_OK, seq,
               "{\"job\":12,\"state\":\"failed\",\"code\":-13,\"status\":\"LARDER_ETOOLONG\","
-              "\"message\":\"9000 tokens\"}", -1);
+              "\"message\":\"9000 tokens\"}",
+              -1);
 }
 
 static void honest(int sock)
@@ -167,7 +176,8 @@ static void honest(int sock)
         case FRAME_SHOW:
             fake_send(sock, FRAME_ERROR, f.seq,
                       "{\"code\":-4,\"status\":\"LARDER_ENOTFOUND\",\"message\":\"never stored\","
-                      "\"reason\":\"never_stored\"}", -1);
+                      "\"reason\":\"never_stored\"}",
+                      -1);
             break;
         default:
             fake_send(sock, FRAME_OK, f.seq, "{\"lease\":1}", -1);
@@ -300,8 +310,9 @@ static void an_error_answer_is_its_code_and_leaves_the_connection_usable(void **
     char *json = NULL;
 
     (void)state;
-    assert_int_equal(larder_call(c, "SHOW", "{\"name\":\"x\"}", -1, NULL, NULL, SOON, &json, NULL,
-                                 &e), LARDER_ENOTFOUND);
+    assert_int_equal(
+        larder_call(c, "SHOW", "{\"name\":\"x\"}", -1, NULL, NULL, SOON, &json, NULL, &e),
+        LARDER_ENOTFOUND);
     assert_string_equal(e.msg, "never stored");
     assert_null(json);
     assert_int_equal(larder_call(c, "STATUS", NULL, -1, NULL, NULL, SOON, &json, NULL, &e), 0);
@@ -392,14 +403,14 @@ static void dies(int sock)
     fake_next(sock, &f, &fd);
 }
 
-#define HOSTILE(name, ...) \
-    static void name(int sock) \
-    { \
-        struct frame f; \
-        int fd; \
-        while (fake_next(sock, &f, &fd)) { \
-            __VA_ARGS__ \
-        } \
+#define HOSTILE(name, ...)                                                                         \
+    static void name(int sock)                                                                     \
+    {                                                                                              \
+        struct frame f;                                                                            \
+        int fd;                                                                                    \
+        while (fake_next(sock, &f, &fd)) {                                                         \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
     }
 
 static void send_raw(int sock, const void *p, size_t n)
@@ -425,8 +436,9 @@ HOSTILE(file_too_large, fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":999999999
 static void hostile_answers_break_the_connection_and_leak_nothing(void **state)
 {
     static fake_script *const scripts[] = {
-        wrong_seq, stale_seq, wrong_type,      worker_type,      stray_event,   no_frame, stray_fd,
-        stray_fd_in_error, bad_error, last_word, file_without_fd, file_is_a_socket, file_too_large,
+        wrong_seq,       stale_seq,        wrong_type,        worker_type, stray_event,
+        no_frame,        stray_fd,         stray_fd_in_error, bad_error,   last_word,
+        file_without_fd, file_is_a_socket, file_too_large,
     };
 
     (void)state;
@@ -449,9 +461,9 @@ static void hostile_answers_break_the_connection_and_leak_nothing(void **state)
 HOSTILE(no_key, fake_send(sock, FRAME_OK, f.seq, "{\"entry\":{\"n_ctx\":1,\"next_pos\":1}}", -1);)
 HOSTILE(no_entry, fake_send(sock, FRAME_OK, f.seq, "{}", -1);)
 HOSTILE(entry_is_text, fake_send(sock, FRAME_OK, f.seq, "{\"entry\":\"x\"}", -1);)
-HOSTILE(negative_rows, fake_send(sock, FRAME_OK, f.seq,
-                                 "{\"entry\":{\"key\":\"" KEY "\",\"n_ctx\":-1,\"next_pos\":1}}",
-                                 -1);)
+HOSTILE(negative_rows,
+        fake_send(sock, FRAME_OK, f.seq,
+                  "{\"entry\":{\"key\":\"" KEY "\",\"n_ctx\":-1,\"next_pos\":1}}", -1);)
 
 static void answers_that_do_not_read_break_the_connection(void **state)
 {
@@ -487,10 +499,9 @@ static void a_deadline_breaks_the_connection(void **state)
     fake_stop(&d);
 }
 
-HOSTILE(endless_events,
-        for (;;) {
-            fake_send(sock, FRAME_EVENT, f.seq, "{\"job\":1,\"state\":\"running\"}", -1);
-        })
+HOSTILE(
+    endless_events,
+    for (;;) { fake_send(sock, FRAME_EVENT, f.seq, "{\"job\":1,\"state\":\"running\"}", -1); })
 
 static void endless_events_do_not_outlast_the_deadline(void **state)
 {
@@ -550,21 +561,13 @@ static void large(int sock)
     }
 }
 
-HOSTILE(large_unsealed,
-        int file = memfd_create("large", MFD_ALLOW_SEALING);
+HOSTILE(large_unsealed, int file = memfd_create("large", MFD_ALLOW_SEALING);
         if (write(file, "{\"a\":1}", 7) != 7) _exit(3);
-        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":7}", file);
-        close(file);)
-HOSTILE(large_shorter,
-        int file = -1;
-        memfile_from("large", "{\"a\":1}", 7, &file, NULL);
-        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":8}", file);
-        close(file);)
-HOSTILE(large_no_json,
-        int file = -1;
-        memfile_from("large", "{\"a\":1,", 7, &file, NULL);
-        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":7}", file);
-        close(file);)
+        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":7}", file); close(file);)
+HOSTILE(large_shorter, int file = -1; memfile_from("large", "{\"a\":1}", 7, &file, NULL);
+        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":8}", file); close(file);)
+HOSTILE(large_no_json, int file = -1; memfile_from("large", "{\"a\":1,", 7, &file, NULL);
+        fake_send(sock, FRAME_OK, f.seq, "{\"in_file\":7}", file); close(file);)
 
 static void a_large_answer_is_read_from_its_file(void **state)
 {
@@ -615,23 +618,15 @@ static void spoil_version(uint8_t *base, uint64_t n)
 
 HOSTILE(no_image, if (f.type == FRAME_FETCH) answer_fetch(sock, f.seq, -1, 4096);)
 HOSTILE(image_is_a_socket, if (f.type == FRAME_FETCH) answer_fetch(sock, f.seq, sock, 4096);)
-HOSTILE(image_of_another_entry,
-        int file = image_file(spoil_key);
-        answer_fetch(sock, f.seq, file, (uint64_t)lseek(file, 0, SEEK_END));
+HOSTILE(image_of_another_entry, int file = image_file(spoil_key);
+        answer_fetch(sock, f.seq, file, (uint64_t)lseek(file, 0, SEEK_END)); close(file);)
+HOSTILE(image_of_wrong_size, int file = image_file(NULL); answer_fetch(sock, f.seq, file, 4096);
         close(file);)
-HOSTILE(image_of_wrong_size,
-        int file = image_file(NULL);
-        answer_fetch(sock, f.seq, file, 4096);
-        close(file);)
-HOSTILE(image_unsealed,
-        uint64_t n = 0;
-        uint8_t *p = image_bytes(&n, NULL);
+HOSTILE(image_unsealed, uint64_t n = 0; uint8_t *p = image_bytes(&n, NULL);
         int file = memfd_create("image", MFD_ALLOW_SEALING);
         if (write(file, p, n) != (ssize_t)n) _exit(3);
         fcntl(file, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL);
-        answer_fetch(sock, f.seq, file, n);
-        close(file);
-        mem_free(p);)
+        answer_fetch(sock, f.seq, file, n); close(file); mem_free(p);)
 
 /* An honest daemon but for what is in the image: the connection survives. */
 static void serve_spoiled(int sock, void (*spoil)(uint8_t *, uint64_t))
@@ -668,9 +663,12 @@ static void images_that_cannot_be_trusted_never_reach_the_caller(void **state)
         fake_script *script;
         int code;
     } cases[] = {
-        {no_image, LARDER_EPROTO},          {image_is_a_socket, LARDER_EPROTO},
-        {image_of_another_entry, LARDER_EPROTO}, {image_of_wrong_size, LARDER_EPROTO},
-        {image_unsealed, LARDER_EPROTO},    {image_damaged, LARDER_EDAMAGED},
+        {no_image, LARDER_EPROTO},
+        {image_is_a_socket, LARDER_EPROTO},
+        {image_of_another_entry, LARDER_EPROTO},
+        {image_of_wrong_size, LARDER_EPROTO},
+        {image_unsealed, LARDER_EPROTO},
+        {image_damaged, LARDER_EDAMAGED},
         {image_too_new, LARDER_EVERSION},
     };
 

@@ -56,7 +56,8 @@ static int decode_body(const char *body)
 
 static void a_frame_survives_the_round_trip(void **state)
 {
-    json_t *body = json_pack("{s:s, s:I, s:[b,n]}", "name", "a/b", "n", (json_int_t)1 << 53, "l", 1);
+    json_t *body =
+        json_pack("{s:s, s:I, s:[b,n]}", "name", "a/b", "n", (json_int_t)1 << 53, "l", 1);
     struct frame f = {.body = NULL};
     void *p = NULL;
     size_t len = 0;
@@ -125,10 +126,26 @@ static void a_wrong_length_is_refused(void **state)
 static void a_body_that_is_no_plain_object_is_refused(void **state)
 {
     static const char *const bad[] = {
-        "",      "[]",          "1",         "null",       "\"x\"",     "{",      "{}x",
-        "{}{}",  "{\"a\":1,}",  "{'a':1}",   "{\"a\":01}", "{\"a\"}",   "{a:1}",  "{\"a\":1e999}",
-        "{\"a\":\"\\u0000\"}",  "{\"a\":1,\"a\":2}",        "{\"a\":{\"b\":1,\"b\":1}}",
-        "{\"a\":\"\xff\"}",     "{\"a\":\"\xed\xa0\x80\"}", "{\"a\":99999999999999999999}",
+        "",
+        "[]",
+        "1",
+        "null",
+        "\"x\"",
+        "{",
+        "{}x",
+        "{}{}",
+        "{\"a\":1,}",
+        "{'a':1}",
+        "{\"a\":01}",
+        "{\"a\"}",
+        "{a:1}",
+        "{\"a\":1e999}",
+        "{\"a\":\"\\u0000\"}",
+        "{\"a\":1,\"a\":2}",
+        "{\"a\":{\"b\":1,\"b\":1}}",
+        "{\"a\":\"\xff\"}",
+        "{\"a\":\"\xed\xa0\x80\"}",
+        "{\"a\":99999999999999999999}",
     };
 
     (void)state;
@@ -212,8 +229,9 @@ static void any_changed_byte_is_refused_or_decodes(void **state)
 
 static void fields_are_typed_and_bounded(void **state)
 {
-    json_t *b = json_pack("{s:s, s:i, s:I, s:b, s:f, s:n, s:[i,i], s:i}", "s", "text", "n", 7, "big",
-                          ((json_int_t)1 << 53) + 1, "b", 1, "f", 1.0, "null", "a", 1, 2, "neg", -1);
+    json_t *b =
+        json_pack("{s:s, s:i, s:I, s:b, s:f, s:n, s:[i,i], s:i}", "s", "text", "n", 7, "big",
+                  ((json_int_t)1 << 53) + 1, "b", 1, "f", 1.0, "null", "a", 1, 2, "neg", -1);
     struct larder_err e = {0, ""};
     const char *s = "kept";
     const json_t *a = NULL;
@@ -324,9 +342,13 @@ static void an_error_survives_the_round_trip_as_one_line(void **state)
 static void a_malformed_error_is_a_protocol_error(void **state)
 {
     static const char *const bad[] = {
-        "{}", "{\"code\":0,\"message\":\"x\"}", "{\"code\":5,\"message\":\"x\"}",
-        "{\"code\":-4294967297,\"message\":\"x\"}", "{\"code\":\"-4\",\"message\":\"x\"}",
-        "{\"code\":-4}", "{\"code\":-4,\"message\":7}",
+        "{}",
+        "{\"code\":0,\"message\":\"x\"}",
+        "{\"code\":5,\"message\":\"x\"}",
+        "{\"code\":-4294967297,\"message\":\"x\"}",
+        "{\"code\":\"-4\",\"message\":\"x\"}",
+        "{\"code\":-4}",
+        "{\"code\":-4,\"message\":7}",
     };
 
     (void)state;

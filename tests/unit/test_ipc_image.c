@@ -213,8 +213,8 @@ static int check_with(struct made *m, uint64_t at, uint64_t value, unsigned widt
 
 static void counts_that_overflow_are_refused(void **state)
 {
-    static const uint64_t hostile[] = {0, 1ull << 31, UINT32_MAX, 1ull << 63, UINT64_MAX,
-                                       UINT64_MAX - 63, UINT64_MAX - 4095, 1ull << 62};
+    static const uint64_t hostile[] = {0,          1ull << 31,      UINT32_MAX,        1ull << 63,
+                                       UINT64_MAX, UINT64_MAX - 63, UINT64_MAX - 4095, 1ull << 62};
     struct made m = make_image(&shapes[1]);
 
     (void)state;
@@ -253,8 +253,7 @@ static void contents_that_would_mislead_a_decoder_are_refused(void **state)
                          LARDER_EDAMAGED);
         assert_int_equal(check_with(&m, t->position_off + 4ull * r, 1u << 31, 4), LARDER_EDAMAGED);
         if (r)
-            assert_int_equal(check_with(&m, t->position_off + 4ull * r, r - 1, 4),
-                             LARDER_EDAMAGED);
+            assert_int_equal(check_with(&m, t->position_off + 4ull * r, r - 1, 4), LARDER_EDAMAGED);
         memcpy(&bits, &inf, 4);
         assert_int_equal(check_with(&m, t->bias_off + 4ull * r, bits, 4), LARDER_EDAMAGED);
         memcpy(&bits, &nan_, 4);
