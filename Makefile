@@ -8,6 +8,7 @@
 VERSION := $(shell cat VERSION)
 PREFIX ?= /usr/local
 CC ?= cc
+OBJCOPY ?= objcopy
 CFLAGS ?= -O2 -g
 SAN ?=
 PYTHON ?= python3
@@ -120,8 +121,12 @@ $(B)/liblarder.so: $(client_parts) client/liblarder.map
 	$(Q)$(CC) -shared $(ldmust) $(LDFLAGS) -Wl,-soname,liblarder.so.$(SOVERSION) \
 	    -Wl,--version-script=client/liblarder.map -o $@ $(client_parts) $(LIBS_client)
 
+# One object whose hidden symbols are local, so that the archive, too, defines larder_* only.
 $(B)/liblarder.a: $(client_parts)
-	@rm -f $@ && ar rcs $@ $^
+	@rm -f $@
+	$(Q)$(LD) -r -o $(B)/liblarder.o $^
+	$(Q)$(OBJCOPY) --localize-hidden $(B)/liblarder.o
+	$(Q)ar rcs $@ $(B)/liblarder.o
 
 # ---- tests: tests/unit/test_DIR_what.c links what DIR may use, and nothing else
 UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_*.c))

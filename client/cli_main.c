@@ -57,7 +57,8 @@ struct command_row {
     enum cli_opt opts[MAX_COMMAND_OPTS];
 };
 
-/* clang-format off: one command, one paragraph */
+/* One command, one paragraph. */
+/* clang-format off */
 static const struct command_row commands[] = {
     {"put", "FILE|DIR|JSONL...", "Store documents: prefill them once, keep the pruned cache.",
      cli_put, 0, -1,
