@@ -84,7 +84,9 @@ char *cli_duration(const struct cli *c, uint64_t ms)
         return cli_text("%" PRIu64 " ms", ms);
     if (ms < 120000)
         return cli_text("%.1f s", (double)ms / 1000);
-    return cli_text("%" PRIu64 " min %02" PRIu64 " s", ms / 60000, ms / 1000 % 60);
+    if (ms < 7200000)
+        return cli_text("%" PRIu64 " min %02" PRIu64 " s", ms / 60000, ms / 1000 % 60);
+    return cli_text("%" PRIu64 " h %02" PRIu64 " min", ms / 3600000, ms / 60000 % 60);
 }
 
 char *cli_time(const struct cli *c, uint64_t unix_seconds)

@@ -76,7 +76,7 @@ static char *describe(const struct cli *c, const struct outcome *o)
     if (!o->job)
         return cli_text("%s", "");
     if (!strcmp(o->result, "queued"))
-        return cli_text("job %" PRIu64, o->job->id);
+        return cli_text("job %" PRIu64 "; 'larder jobs' shows it", o->job->id);
     if (strcmp(o->result, "stored"))
         return o->job->n_ctx ? cli_text("%u tokens", o->job->n_ctx) : cli_text("%s", "");
     took = cli_duration(c, o->job->prefill_ms);
@@ -92,7 +92,8 @@ static void print_outcome_plain(const struct cli *c, const struct outcome *o)
     key_hex(o->job, hex);
     if (c->tty) {
         text = describe(c, o);
-        printf("%-15s %s  %s\n", o->result, o->name, text);
+        printf("%-14s  %s  %s\n",
+               strcmp(o->result, "already_stored") ? o->result : "already stored", o->name, text);
     } else {
         /* result, name, job, key, tokens, milliseconds; unknown ones empty */
         text = cli_text("%" PRIu64, o->job ? o->job->id : 0);
