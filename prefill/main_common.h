@@ -1,0 +1,162 @@
+/* main_common.h - what the subcommands of larder-prefill share.
+ *
+ * Purpose    Options, an opened model with its backend, documents, rows kept in memory.
+ * Ownership  x_open/x_done pair up; done accepts what was never opened (zeroed).
+ * Threads    The program has one thread of its own; backends have theirs.
+ * Errors     A negative LARDER_E*, or MAIN_USAGE for a command line that cannot be meant.
+ */
+#ifndef LARDER_MAIN_COMMON_H
+#define LARDER_MAIN_COMMON_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#include "backend.h"
+#include "engine.h"
+#include "larder_status.h"
+#include "model.h"
+#include "policy.h"
+#include "template.h"
+
+#define MAIN_USAGE 2 /* exit status, and the return value that leads to it */
+#define MAIN_MAX_LIST 64
+#define MAIN_MAX_DOCUMENT (64u << 20) /* bytes; far above any model's positions */
+
+/* X(name, takes an argument, text in --help) */
+#define OPTION_LIST(X) \
+    X(MODEL, "model", 1, "PATH", "model file (worker: NAME=PATH[,template=T], repeatable)") \
+    X(FILE, "file", 1, "F", "the document, UTF-8 text") \
+    X(DOC_TOKENS, "doc-tokens", 1, "F", "the document as whitespace-separated token ids") \
+    X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)") \
+    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image to resume from") \
+    X(POLICY, "policy", 1, "P", "pruning policy; may be given several times") \
+    X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)") \
+    X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)") \
+    X(DTYPE, "dtype", 1, "D", "auto, bf16 or f32; auto is bf16 where the processor has it") \
+    X(THREADS, "threads", 1, "N", "threads (default: one per processor)") \
+    X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)") \
+    X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token") \
+    X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer") \
+    X(FD, "fd", 1, "N", "connected worker socket") \
+    X(CONNECT, "connect", 1, "PATH", "worker socket to connect to") \
+    X(KNOWN, "known", 1, "ID", "NAME=DEV:INO:SIZE:MTIME_NS:HEX, a fingerprint known already") \
+    X(JSON, "json", 0, "", "print JSON") \
+    X(HELP, "help", 0, "", "print this help")
+
+enum option_id {
+#define X(name, text, arg, value, help) OPTION_##name,
+    OPTION_LIST(X)
+#undef X
+    N_OPTIONS,
+};
+
+/* Every value given for an option, in order; flags count only. */
+struct options {
+    const char *value[N_OPTIONS][MAIN_MAX_LIST];
+    uint32_t n[N_OPTIONS];
+    char **arg; /* what is not an option */
+    int n_args;
+};
+
+static inline const char *option_get(const struct options *o, enum option_id k)
+{
+    return o->n[k] ? o->value[k][o->n[k] - 1] : NULL;
+}
+
+/* Decimal number up to max; leaves *ret untouched when the option is absent. */
+int option_number(const struct options *o, enum option_id k, uint64_t max, uint64_t *ret,
+                  struct larder_err *e);
+
+/* Set the message and return MAIN_USAGE. */
+int main_usage(struct larder_err *e, const char *fmt, ...) LARDER_PRINTF(2, 3);
+
+struct command {
+    const char *name;
+    const char *usage; /* without the program's name */
+    uint64_t options;  /* bit mask of enum option_id */
+    int (*run)(const struct options *o, struct larder_err *e);
+};
+
+int main_trace(const struct options *o, struct larder_err *e);
+int main_ask(const struct options *o, struct larder_err *e);
+int main_info(const struct options *o, struct larder_err *e);
+int main_worker(const struct options *o, struct larder_err *e);
+
+/* ---- a model with a backend */
+
+struct engine_setup {
+    struct model *model;
+    const struct template *tmpl;
+    struct backend *backend;
+};
+
+int setup_template(const struct model *m, const char *name, const struct template **ret,
+                   struct larder_err *e);
+
+/* By the options --backend, --dtype and --threads. */
+int setup_backend(const struct options *o, const struct model *m, struct backend **ret,
+                  struct larder_err *e);
+
+int setup_open(const struct options *o, struct engine_setup *ret, struct larder_err *e);
+void setup_done(struct engine_setup *s);
+
+/* ---- documents */
+
+struct document {
+    uint32_t *ids; /* owned */
+    uint32_t n;
+    char *text; /* rendered; owned, NULL for tokens */
+    size_t text_len;
+};
+
+int document_from_text(const struct engine_setup *s, const char *text, size_t len,
+                       struct document *ret, struct larder_err *e);
+/* text_path or ids_path, whichever is not NULL. */
+int document_read(const struct engine_setup *s, const char *text_path, const char *ids_path,
+                  struct document *ret, struct larder_err *e);
+void document_done(struct document *d);
+
+/* A whole file of at most `max` bytes, NUL-terminated. */
+int file_read(const char *path, uint64_t max, char **ret, size_t *ret_len, struct larder_err *e);
+
+/* ---- rows of a prefill, kept in memory */
+
+struct cached_head {
+    uint32_t n_rows;
+    uint32_t *position;
+    void *k, *v; /* NULL when only positions were wanted */
+};
+
+struct cache {
+    struct kv_geom geom;
+    enum kv_dtype elem;
+    bool with_rows;
+    struct cached_head *head; /* [n_layers * n_kv_heads] */
+};
+
+int cache_init(struct cache *c, const struct backend *b, bool with_rows, struct larder_err *e);
+void cache_done(struct cache *c);
+/* engine_sink.layer; arg is the cache. */
+int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct larder_err *e);
+
+/* ---- answers */
+
+#define TOP_LOGITS 20u
+
+/* [[id, logit] x 20], best first, ties to the lower id. */
+json_t *json_top_logits(const float *logits, uint32_t n_vocab);
+/* [{"layer","value","ratio"}] */
+json_t *json_variance(const struct engine_result *r);
+/* The object that `trace` prints. */
+json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
+                   const struct cache *c);
+/* Print compactly on one line and release `j`; NULL means that memory ran out. */
+int json_print(json_t *j, struct larder_err *e);
+
+uint64_t peak_bytes(void); /* of this process */
+double clock_ms(void);
+
+#endif

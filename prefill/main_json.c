@@ -1,0 +1,104 @@
+/* main_json.c - results of the engine as JSON.
+ *
+ * The one idea: an allocation failure anywhere makes the whole object NULL (jansson's
+ * _new functions pass NULL on), and json_print() turns that into one error. */
+#include "main_common.h"
+
+#include <math.h>
+#include <stdio.h>
+
+#include "geom.h"
+
+/* JSON has no infinity; a ratio to a zero variance is printed as the largest power of ten. */
+#define JSON_INFINITY 1e308
+
+json_t *json_top_logits(const float *logits, uint32_t n_vocab)
+{
+    uint32_t best[TOP_LOGITS], n = 0;
+    json_t *top = json_array();
+
+    for (uint32_t i = 0; i < n_vocab; i++) {
+        uint32_t at = n < TOP_LOGITS ? n++ : TOP_LOGITS;
+
+        while (at > 0 && logits[i] > logits[best[at - 1]]) {
+            if (at < TOP_LOGITS)
+                best[at] = best[at - 1];
+            at--;
+        }
+        if (at < TOP_LOGITS)
+            best[at] = i;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        json_array_append_new(top, json_pack("[If]", (json_int_t)best[i], (double)logits[best[i]]));
+    return top;
+}
+
+json_t *json_variance(const struct engine_result *r)
+{
+    json_t *all = json_array();
+
+    for (uint32_t i = 0; i < r->n_trace; i++) {
+        const struct variance_point *v = &r->trace[i];
+
+        json_array_append_new(all, json_pack("{sIsfsf}", "layer", (json_int_t)v->layer, "value",
+                                             v->value, "ratio",
+                                             isinf(v->ratio) ? JSON_INFINITY : v->ratio));
+    }
+    return all;
+}
+
+static json_t *json_positions(const uint32_t *pos, uint32_t n)
+{
+    json_t *all = json_array();
+
+    for (uint32_t i = 0; i < n; i++)
+        json_array_append_new(all, json_integer(pos[i]));
+    return all;
+}
+
+static json_t *json_rows(const struct cache *c)
+{
+    json_t *layers = json_array();
+
+    for (uint32_t l = 0; l < c->geom.n_layers; l++) {
+        json_t *heads = json_array();
+
+        for (uint32_t g = 0; g < c->geom.n_kv_heads; g++) {
+            const struct cached_head *h = &c->head[l * c->geom.n_kv_heads + g];
+
+            json_array_append_new(heads, json_positions(h->position, h->n_rows));
+        }
+        json_array_append_new(layers, heads);
+    }
+    return layers;
+}
+
+json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
+                   const struct cache *c)
+{
+    char policy[POLICY_TEXT_MAX];
+
+    policy_print(p, policy);
+    return json_pack(
+        "{sI sI ss so so so so so ss ss ss sf sf sI}", "n_ctx", (json_int_t)r->n_ctx, "next_pos",
+        (json_int_t)r->next_pos, "policy", policy, "sel_layer",
+        r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "rank_variance",
+        json_variance(r), "selected",
+        r->selected ? json_positions(r->selected, r->n_selected) : json_null(), "rows",
+        json_rows(c), "top_logits", json_top_logits(r->logits, b->p->n_vocab), "backend",
+        b->ops->name, "dtype", kv_dtype_name(b->elem), "isa", b->isa, "prefill_ms", r->prefill_ms,
+        "load_ms", r->load_ms, "peak_bytes", (json_int_t)peak_bytes());
+}
+
+int json_print(json_t *j, struct larder_err *e)
+{
+    int rc = 0;
+
+    if (!j)
+        return larder_fail(e, LARDER_ENOMEM, "no memory for the answer");
+    if (json_dumpf(j, stdout, JSON_COMPACT | JSON_REAL_PRECISION(12)) || putchar('\n') == EOF ||
+        fflush(stdout))
+        rc = larder_fail(e, LARDER_EIO, "cannot write the answer to standard output");
+    json_decref(j);
+    return rc;
+}
