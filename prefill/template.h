@@ -27,7 +27,7 @@ struct template {
 /* NULL when unknown. template_names() lists all, comma-separated. */
 const struct template *template_find(const char *name);
 const char *template_names(void);
-void template_fingerprint(const struct template *t, uint8_t ret[32]);
+int template_fingerprint(const struct template *t, uint8_t ret[32], struct larder_err *e);
 
 /* Token ids of head + document (special literals inside the document are plain
  * text, so that a document cannot end its own turn) and the rendered text. */

@@ -37,7 +37,8 @@ int tokenizer_new(struct tokenizer **ret, const struct tokenizer_spec *spec, str
 void tokenizer_free(struct tokenizer *t); /* accepts NULL */
 
 /* Token ids of text[0..len). With parse_special, literals of special tokens become
- * those tokens; otherwise they are plain text. No BOS is added. */
+ * those tokens; otherwise they are plain text. No BOS is added. A byte that the
+ * vocabulary cannot spell (some control characters) gives no token. */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t len, bool parse_special,
                      uint32_t **ret_ids, size_t *ret_n, struct larder_err *e);
 
