@@ -1,0 +1,123 @@
+/* bench_client_fetch.c - what a decoder waits for: fetching a stored entry over the socket.
+ *
+ * bench_client_fetch NAME, with LARDER_SOCKET naming a running larderd. Prints CSV: the first
+ * fetch (decoded then, if the daemon has not done so before), the median of the following ones
+ * (decoded already), and for comparison one round trip of a small request and a memcpy of as
+ * many bytes, in the same run.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "larder.h"
+#include "mem.h"
+
+#define N_RUNS 301
+#define N_COPIES 21
+#define WAIT_MS 60000
+
+static double now_us(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+static double median(double *v, size_t n)
+{
+    qsort(v, n, sizeof *v, by_value);
+    return v[n / 2];
+}
+
+static int fetch(struct larder *c, const char *name, double *us, uint64_t *n_bytes,
+                 struct larder_err *e)
+{
+    struct larder_lease l;
+    double t0 = now_us();
+    int rc = larder_fetch(c, name, WAIT_MS, &l, e);
+
+    if (rc)
+        return rc;
+    *us = now_us() - t0;
+    *n_bytes = l.image.n_bytes;
+    return larder_release(c, &l, WAIT_MS, e);
+}
+
+static int round_trip(struct larder *c, double *ret_us, struct larder_err *e)
+{
+    double us[N_RUNS];
+
+    for (int i = 0; i < N_RUNS; i++) {
+        double t0 = now_us();
+        char *json = NULL;
+        int rc = larder_call(c, "HELLO", "{\"client\":\"bench\"}", -1, NULL, NULL, WAIT_MS, &json,
+                             NULL, e);
+
+        us[i] = now_us() - t0;
+        larder_free(json);
+        if (rc)
+            return rc;
+    }
+    *ret_us = median(us, N_RUNS);
+    return 0;
+}
+
+/* Between buffers that have been touched before: the copy alone. */
+static double copy_us(uint64_t n)
+{
+    double us[N_COPIES] = {0};
+    char *from = mem_alloc(n, 1), *to = mem_alloc(n, 1);
+
+    if (from && to) {
+        memset(from, 1, n);
+        memset(to, 2, n);
+        for (int i = 0; i < N_COPIES; i++) {
+            double t0 = now_us();
+
+            from[i] = (char)i;
+            memcpy(to, from, n);
+            us[i] = now_us() - t0;
+        }
+    }
+    mem_free(from);
+    mem_free(to);
+    return median(us, N_COPIES);
+}
+
+int main(int argc, char **argv)
+{
+    struct larder_err e = {0, ""};
+    double us[N_RUNS], first = 0, rtt = 0;
+    struct larder *c = NULL;
+    uint64_t n = 0;
+    int rc;
+
+    if (argc != 2) {
+        fprintf(stderr, "usage: bench_client_fetch NAME\n");
+        return 77;
+    }
+    rc = larder_connect(&c, NULL, WAIT_MS, &e);
+    if (!rc)
+        rc = fetch(c, argv[1], &first, &n, &e);
+    for (int i = 0; !rc && i < N_RUNS; i++)
+        rc = fetch(c, argv[1], &us[i], &n, &e);
+    if (!rc)
+        rc = round_trip(c, &rtt, &e);
+    larder_close(c);
+    if (rc) {
+        fprintf(stderr, "bench_client_fetch: %s (%s)\n", e.msg, larder_status_name(rc));
+        return 1;
+    }
+    printf("mib,first_us,median_us,round_trip_us,memcpy_us\n%.1f,%.1f,%.1f,%.1f,%.1f\n",
+           (double)n / (1 << 20), first, median(us, N_RUNS), rtt, copy_us(n));
+    return 0;
+}
