@@ -33,11 +33,11 @@ def policy_of(run):
     if method == "full":
         return "full"
     if method == "gemfilter":
-        return "gemfilter,select=%d,pool=%d,layer=%d" % (p["select_k"], p["S"], p["filter_layer"])
+        return "gemfilter,rows=%d,pool=%d,layer=%d" % (p["select_k"], p["S"], p["filter_layer"])
     keys = []
-    if method != "asl_2pass":
-        keys.append("rows=%s" % ("all" if p.get("cache_k") is None else p["cache_k"]))
-    if method != "snapkv":
+    rows = p["select_k"] if method == "asl_2pass" else p.get("cache_k")
+    keys.append("rows=%s" % ("all" if rows is None else rows))
+    if method not in ("snapkv", "asl_2pass"):
         keys.append("select=%d" % p["select_k"])
     keys += ["w=%d" % p["w"], "pool=%d" % p["S"], "poolkind=" + p["pool"].replace("pool", "")]
     if method in ("asl", "asl_2pass"):
@@ -57,7 +57,7 @@ def positions(runs):
 
 def kept_sets(run):
     """Recorded kept positions: [layer][head] sets."""
-    everything, selected = set(range(run["n"])), positions(run["SEL"] or [])
+    everything, selected = set(range(run["n"])), positions(run.get("SEL") or [])
     heads = 3
     out = []
     for layer in run.get("keep", []):
