@@ -1,0 +1,225 @@
+/* Policy strings: parsing, the canonical spelling, and the checks against model and document. */
+#include "testlib.h"
+
+#include "policy.h"
+
+static struct policy parsed(const char *text)
+{
+    struct policy p;
+    struct larder_err e;
+
+    if (policy_parse(text, &p, &e))
+        fail_msg("%s: %s", text, e.msg);
+    return p;
+}
+
+static void assert_prints(const char *text, const char *canonical)
+{
+    struct policy p = parsed(text);
+    char out[POLICY_TEXT_MAX];
+
+    policy_print(&p, out);
+    assert_string_equal(out, canonical);
+}
+
+static void assert_refused(const char *text, const char *why)
+{
+    struct policy p;
+    struct larder_err e = {0, ""};
+
+    assert_int_equal(policy_parse(text, &p, &e), LARDER_EPOLICY);
+    if (!strstr(e.msg, why))
+        fail_msg("%s: '%s' does not say '%s'", text, e.msg, why);
+}
+
+static void defaults_are_written_out(void **state)
+{
+    (void)state;
+    assert_prints("full", "full");
+    assert_prints("asl", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
+    assert_prints("snapkv", "snapkv,rows=2048,w=32,pool=7,poolkind=avg");
+    assert_prints("fastkv", "fastkv,rows=2048,select=2048,w=32,pool=7,poolkind=avg,layer=auto");
+    assert_prints("gemfilter", "gemfilter,rows=2048,pool=5,layer=auto");
+    assert_prints("asl2pass", "asl2pass,rows=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
+}
+
+static void spelling_is_one_per_meaning(void **state)
+{
+    const char *canonical =
+        "asl,rows=256,select=256,w=32,pool=7,poolkind=avg,lmin=14,lobs=8,tau=0.3";
+
+    (void)state;
+    assert_prints("asl,rows=256,lmin=14", canonical);
+    assert_prints("asl,tau=0.300,lmin=014,rows=0256", canonical);
+    assert_prints("asl,tau=.3,select=256,lmin=14,rows=256", canonical);
+    assert_prints(canonical, canonical);
+    assert_prints("snapkv,rows=25.0%,poolkind=max", "snapkv,rows=25%,w=32,pool=7,poolkind=max");
+    assert_prints("snapkv,rows=100%", "snapkv,rows=all,w=32,pool=7,poolkind=avg");
+    assert_prints("asl,tau=0", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0");
+    assert_prints("asl,tau=1.5", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=1.5");
+}
+
+static void select_follows_rows_unless_given(void **state)
+{
+    struct policy p = parsed("asl,rows=all,select=512");
+
+    (void)state;
+    assert_int_equal(p.rows.kind, ROWS_ALL);
+    assert_int_equal(p.select.kind, ROWS_COUNT);
+    p = parsed("asl,rows=12.5%");
+    assert_int_equal(p.select.kind, ROWS_SHARE);
+    assert_true(p.select.value == 12.5);
+}
+
+static void what_is_wrong_is_named(void **state)
+{
+    (void)state;
+    assert_refused("", "there are full");
+    assert_refused("aslx", "'aslx'");
+    assert_refused("asl,", "key=value");
+    assert_refused("asl,rows", "key=value");
+    assert_refused("asl,row=3", "'row'; it takes rows, select, w");
+    assert_refused("full,rows=3", "it takes no keys");
+    assert_refused("snapkv,tau=0.3", "snapkv does not take 'tau'");
+    assert_refused("gemfilter,w=32", "gemfilter does not take 'w'");
+    assert_refused("asl,w=32,w=32", "w is given twice");
+    assert_refused("asl,pool=4", "an odd number");
+    assert_refused("asl,pool=0", "an odd number");
+    assert_refused("asl,pool=", "an odd number");
+    assert_refused("asl,w=0", "w=0");
+    assert_refused("asl,w=99999999999999999999", "w takes");
+    assert_refused("asl,rows=0", "rows takes");
+    assert_refused("asl,rows=-1", "rows takes");
+    assert_refused("asl,rows=0%", "rows takes");
+    assert_refused("asl,rows=101%", "rows takes");
+    assert_refused("asl,rows=%", "rows takes");
+    assert_refused("asl,rows=5000000", "rows takes");
+    assert_refused("asl,poolkind=mean", "avg or max");
+    assert_refused("asl,lmin=-3", "lmin takes");
+    assert_refused("asl,lmin=10000", "lmin takes");
+    assert_refused("asl,lobs=1", "lobs takes");
+    assert_refused("asl,tau=-0.3", "tau takes");
+    assert_refused("asl,tau=nan", "tau takes");
+    assert_refused("asl,tau=1e-3", "tau takes");
+    assert_refused("asl,tau=inf", "tau takes");
+    assert_refused("asl,tau=0.1234567890123456789", "tau takes");
+    assert_refused("fastkv,layer=last", "layer takes");
+    assert_refused("asl rows=3", "no policy is named");
+}
+
+static void overlong_text_is_refused(void **state)
+{
+    char text[POLICY_TEXT_MAX + 1];
+
+    (void)state;
+    memset(text, 'a', sizeof text - 1);
+    text[sizeof text - 1] = '\0';
+    assert_refused(text, "longer than");
+}
+
+static void longest_canonical_spelling_fits(void **state)
+{
+    char out[POLICY_TEXT_MAX];
+    struct policy p = parsed("asl,rows=33.333333333333336%,select=66.66666666666667%,w=4096,"
+                             "pool=1023,poolkind=max,lmin=512,lobs=512,tau=0.1234567890123456");
+
+    (void)state;
+    policy_print(&p, out);
+    assert_prints(out, out);
+    assert_non_null(strstr(out, "rows=33.333333333333336%,select=66.66666666666667%"));
+}
+
+static void auto_layers_depend_on_the_model(void **state)
+{
+    struct policy p = parsed("asl");
+
+    (void)state;
+    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(p.l_min, 10);
+    p = parsed("fastkv");
+    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(p.layer, 14);
+    p = parsed("gemfilter");
+    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(p.layer, 12);
+    p = parsed("fastkv");
+    assert_int_equal(policy_resolve(&p, 32, NULL), 0);
+    assert_int_equal(p.layer, 15);
+    p = parsed("snapkv");
+    assert_int_equal(policy_resolve(&p, 1, NULL), 0);
+}
+
+static void layers_must_exist(void **state)
+{
+    struct policy p = parsed("asl,lmin=30");
+
+    (void)state;
+    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    p = parsed("fastkv,layer=30");
+    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    p = parsed("fastkv,layer=29");
+    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    p = parsed("asl,lmin=6"); /* eight layers up to the seventh do not exist */
+    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    p = parsed("asl,lmin=7");
+    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+}
+
+static uint32_t rows_of(const char *text, uint32_t n)
+{
+    struct policy p = parsed(text);
+    uint32_t rows = 0;
+
+    assert_int_equal(policy_rows(&p, &p.rows, n, &rows, NULL), 0);
+    return rows;
+}
+
+static void budgets_become_rows(void **state)
+{
+    (void)state;
+    assert_int_equal(rows_of("snapkv,rows=100", 700), 100);
+    assert_int_equal(rows_of("snapkv,rows=100", 70), 70);
+    assert_int_equal(rows_of("snapkv,rows=all", 700), 700);
+    assert_int_equal(rows_of("snapkv,rows=25%", 700), 175);
+    assert_int_equal(rows_of("snapkv,rows=29%", 200), 58);
+    assert_int_equal(rows_of("snapkv,rows=33%", 201), 66);
+    assert_int_equal(rows_of("snapkv,rows=10", 10), 10); /* nothing to drop */
+    assert_int_equal(rows_of("gemfilter,rows=1", 700), 1);
+    assert_int_equal(rows_of("full", 700), 700);
+}
+
+static void budget_must_hold_more_than_the_window(void **state)
+{
+    struct policy p = parsed("snapkv,rows=32");
+    struct larder_err e;
+    uint32_t rows = 77;
+
+    (void)state;
+    assert_int_equal(policy_rows(&p, &p.rows, 700, &rows, &e), LARDER_EBUDGET);
+    assert_non_null(strstr(e.msg, "32 of 700 rows"));
+    assert_int_equal(rows, 77);
+    assert_int_equal(policy_rows(&p, &p.rows, 33, &rows, &e), LARDER_EBUDGET);
+    assert_int_equal(policy_rows(&p, &p.rows, 32, &rows, &e), 0);
+    p = parsed("snapkv,rows=1%");
+    assert_int_equal(policy_rows(&p, &p.rows, 700, &rows, &e), LARDER_EBUDGET);
+    p = parsed("gemfilter,rows=1%");
+    assert_int_equal(policy_rows(&p, &p.rows, 70, &rows, &e), LARDER_EBUDGET);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(defaults_are_written_out),
+        cmocka_unit_test(spelling_is_one_per_meaning),
+        cmocka_unit_test(select_follows_rows_unless_given),
+        cmocka_unit_test(what_is_wrong_is_named),
+        cmocka_unit_test(overlong_text_is_refused),
+        cmocka_unit_test(longest_canonical_spelling_fits),
+        cmocka_unit_test(auto_layers_depend_on_the_model),
+        cmocka_unit_test(layers_must_exist),
+        cmocka_unit_test(budgets_become_rows),
+        cmocka_unit_test(budget_must_hold_more_than_the_window),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
