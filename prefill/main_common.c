@@ -171,6 +171,7 @@ static int parse_ids(const char *path, const char *s, uint32_t n_vocab, struct d
     for (;;) {
         uint64_t id = 0;
         const char *from;
+        size_t word;
 
         while (is_space(*s))
             s++;
@@ -178,10 +179,11 @@ static int parse_ids(const char *path, const char *s, uint32_t n_vocab, struct d
             return 0;
         for (from = s; *s >= '0' && *s <= '9' && id < n_vocab; s++)
             id = id * 10 + (uint64_t)(*s - '0');
+        word = strcspn(from, " \t\r\n");
         if (s == from || (*s && !is_space(*s)) || id >= n_vocab)
             return larder_fail(e, LARDER_EINVAL,
-                               "%.200s: entry %u ('%.12s') is not a token id below %u", path, d->n,
-                               from, n_vocab);
+                               "%.200s: entry %u ('%.*s') is not a token id below %u", path, d->n,
+                               (int)(word < 20 ? word : 20), from, n_vocab);
         d->ids[d->n++] = (uint32_t)id;
     }
 }

@@ -469,8 +469,6 @@ static int open_socket(const struct options *o, int *ret, struct larder_err *e)
     uint64_t fd = 0;
     int rc;
 
-    if (o->n[OPTION_FD] + o->n[OPTION_CONNECT] != 1)
-        return main_usage(e, "a worker needs one of --fd and --connect");
     if (o->n[OPTION_CONNECT])
         return connect_to(option_get(o, OPTION_CONNECT), ret, e);
     rc = option_number(o, OPTION_FD, 1u << 20, &fd, e);
@@ -489,6 +487,8 @@ int main_worker(const struct options *o, struct larder_err *e)
 
     if (o->n_args)
         return main_usage(e, "unexpected argument '%.64s'", o->arg[0]);
+    if (o->n[OPTION_FD] + o->n[OPTION_CONNECT] != 1)
+        return main_usage(e, "a worker needs one of --fd and --connect");
     rc = worker_open_models(&w, o, e);
     if (!rc)
         rc = open_socket(o, &w.sock, e);

@@ -29,7 +29,6 @@ QUESTION_ABS = 2e-3
 LOOSE_ABS = 0.05  # on the top 5, when a set differs inside its ambiguous positions
 GREEDY_GAP = 5e-3
 BF16_OVERLAP = 0.98
-BF16_REL = 0.1  # variance on bf16 rows; the reference itself moves by up to 1.5 %
 MIB = 1 << 20
 
 # Every kind of policy and of parameter once.
@@ -196,8 +195,12 @@ def compare(doc, name, run, answer):
     claim(full + "logits", check_logits(trace["top_logits"], run["logits_doc_end"], tol, n))
     odd |= odd_rows
     tol, n = (LOOSE_ABS, 5) if odd else (QUESTION_ABS, 20)
-    pos = answer["next_pos"]
-    why = None if pos == resume["question_pos0"] else "position %d" % pos
+    why = None
+    for what, ours, golden in (("n_ctx", answer["n_ctx"], run["n"]),
+                               ("next_pos", answer["next_pos"], resume["question_pos0"]),
+                               ("question", answer["question_ids"], resume["question_ids"])):
+        if ours != golden:
+            why = "%s %s, recorded %s" % (what, ours, golden)
     claim(full + "logits after the question",
           why or check_logits(answer["top_logits"], resume["logits_question"], tol, n))
     claim(full + "greedy continuation",
