@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "mem.h"
+#include "memfile.h"
 
 #define ENGINE "larder-prefill"
 #define MAX_ARGS 48
@@ -22,7 +23,8 @@
 struct engine {
     char *arg[MAX_ARGS + 1]; /* owned, NULL-terminated */
     int n;
-    int image_fd; /* to be inherited, or -1 */
+    int image_fd;    /* to be inherited, or -1 */
+    int document_fd; /* likewise: what came from standard input */
 };
 
 static void add(struct engine *en, const char *s)
@@ -41,8 +43,34 @@ static void add_option(struct engine *en, const char *name, const char *value)
         add(en, value);
 }
 
+/* --file: the engine reads files only, so standard input becomes one. */
+static int add_document(struct engine *en, const char *file, struct larder_err *e)
+{
+    char *text = NULL, *path;
+    size_t len = 0;
+    int rc;
+
+    if (!file || strcmp(file, "-")) {
+        add_option(en, "--file", file);
+        return 0;
+    }
+    rc = cli_read_file(file, &text, &len, e);
+    if (rc)
+        return rc;
+    rc = memfile_from("larder-document", text, len, &en->document_fd, e);
+    mem_free(text);
+    if (rc)
+        return rc;
+    path = cli_text("/proc/self/fd/%d", en->document_fd);
+    add_option(en, "--file", path);
+    mem_free(path);
+    return 0;
+}
+
 static void engine_done(struct engine *en)
 {
+    if (en->document_fd >= 0)
+        close(en->document_fd);
     for (int i = 0; i < en->n; i++)
         mem_free(en->arg[i]);
 }
@@ -82,6 +110,8 @@ static void become(const struct engine *en, const char *program, int out)
 {
     if (en->image_fd >= 0)
         fcntl(en->image_fd, F_SETFD, 0);
+    if (en->document_fd >= 0)
+        fcntl(en->document_fd, F_SETFD, 0);
     if (out >= 0)
         dup2(out, STDOUT_FILENO);
     execvp(program, en->arg);
@@ -254,16 +284,20 @@ static int model_for_file(struct cli *c, char **ret_path, char **ret_tmpl, char 
     return 0;
 }
 
-static void ask_arguments(struct engine *en, const struct cli *c, const struct ask *a)
+static int ask_arguments(struct engine *en, const struct cli *c, const struct ask *a,
+                         struct larder_err *e)
 {
     char fd[16];
+    int rc;
 
     snprintf(fd, sizeof fd, "%d", a->lease.fd);
     add(en, ENGINE);
     add(en, "ask");
     add_option(en, "--model", a->model_path);
     add_option(en, "--image-fd", a->ref ? fd : NULL);
-    add_option(en, "--file", c->opt[OPT_FILE]);
+    rc = add_document(en, c->opt[OPT_FILE], e);
+    if (rc)
+        return rc;
     add_option(en, "--doc-tokens", c->opt[OPT_DOC_TOKENS]);
     add_option(en, "--policy", c->opt[OPT_POLICY]);
     add_option(en, "--template", a->tmpl);
@@ -274,16 +308,17 @@ static void ask_arguments(struct engine *en, const struct cli *c, const struct a
         add(en, a->question);
     }
     en->image_fd = a->ref ? a->lease.fd : -1;
+    return 0;
 }
 
 static int ask_engine(const struct cli *c, const struct ask *a, struct larder_err *e)
 {
-    struct engine en = {.image_fd = -1};
+    struct engine en = {.image_fd = -1, .document_fd = -1};
     json_t *answer = NULL;
-    int rc;
+    int rc = ask_arguments(&en, c, a, e);
 
-    ask_arguments(&en, c, a);
-    rc = run_engine(&en, c->opt[OPT_JSON] ? &answer : NULL, e);
+    if (!rc)
+        rc = run_engine(&en, c->opt[OPT_JSON] ? &answer : NULL, e);
     if (!rc && answer) {
         if (a->fetch_ms >= 0)
             json_object_set_new(answer, "fetch_ms", json_real(a->fetch_ms));
@@ -314,7 +349,7 @@ int cli_ask(struct cli *c, struct larder_err *e)
 
 int cli_trace(struct cli *c, struct larder_err *e)
 {
-    struct engine en = {.image_fd = -1};
+    struct engine en = {.image_fd = -1, .document_fd = -1};
     char *path = NULL, *tmpl = NULL, *policy = NULL;
     int rc;
 
@@ -327,13 +362,14 @@ int cli_trace(struct cli *c, struct larder_err *e)
         add(&en, ENGINE);
         add(&en, "trace");
         add_option(&en, "--model", path);
-        add_option(&en, "--file", c->opt[OPT_FILE]);
+        rc = add_document(&en, c->opt[OPT_FILE], e);
         add_option(&en, "--tokens", c->opt[OPT_TOKENS_FILE]);
         add_option(&en, "--policy", policy);
         add_option(&en, "--template", tmpl);
         engine_options(&en, c);
-        rc = run_engine(&en, NULL, e);
     }
+    if (!rc)
+        rc = run_engine(&en, NULL, e);
     engine_done(&en);
     mem_free(path);
     mem_free(tmpl);

@@ -205,7 +205,7 @@ static int run(struct env *v, const char *args)
 {
     char *cmd = NULL;
 
-    assert_true(asprintf(&cmd, "cd '%s' && LARDER_SOCKET='%s' ./larder %s >.out 2>.err </dev/null",
+    assert_true(asprintf(&cmd, "cd '%s' && LARDER_SOCKET='%s' ./larder </dev/null %s >.out 2>.err",
                          v->d.dir, v->d.path, args) > 0);
     v->status = system(cmd);
     free(cmd);
@@ -232,9 +232,9 @@ static const char engine_text[] =
     "#!/bin/sh\n"
     "printf '%s|' \"$@\" >args\n"
     "[ \"$1\" = trace ] && { echo '{\"sel_layer\":null}'; exit 0; }\n"
-    "case $5 in --image-fd) : ;; esac\n"
     "fd=; prev=; for a; do [ \"$prev\" = --image-fd ] && fd=$a; prev=$a; done\n"
     "[ -z \"$fd\" ] || head -c 8 <&$fd >magic\n"
+    "prev=; for a; do case $prev$a in --file/proc*) cat \"$a\" >stdin ;; esac; prev=$a; done\n"
     "case $* in *crash*) kill -9 $$ ;; *fail*) echo 'larder-prefill: no (LARDER_EMODEL)' >&2; exit "
     "1 ;; esac\n"
     "case $* in *--json*) echo '{\"text\":\"42\",\"ttft_ms\":1.5}' ;; *) echo 42 ;; esac\n";
@@ -431,6 +431,7 @@ static void ask_hands_the_image_to_the_engine_beside_it(void **state)
     struct env *v = *state;
     char args[1024];
 
+    put_file(v, "doc", "hello");
     assert_int_equal(run(v, "ask x 'why not?' --max-new 5"), 0);
     assert_string_equal(v->out, "42\n");
     slurp(v, "args", args, sizeof args);
@@ -444,6 +445,11 @@ static void ask_hands_the_image_to_the_engine_beside_it(void **state)
     slurp(v, "args", args, sizeof args);
     assert_string_equal(args,
                         "ask|--model|/models/m.gguf|--file|doc|--template|smollm2|--|--what|");
+    assert_int_equal(run(v, "ask --file - q < doc"), 0);
+    slurp(v, "args", args, sizeof args);
+    assert_non_null(strstr(args, "|--file|/proc/self/fd/"));
+    slurp(v, "stdin", args, sizeof args);
+    assert_string_equal(args, "hello");
     assert_int_equal(run(v, "-S /nowhere ask --model ./f --file doc q --json"), 0);
     assert_string_equal(v->out, "{\"text\":\"42\",\"ttft_ms\":1.5}\n");
     assert_int_equal(run(v, "ask none q"), 1);
