@@ -18,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 
+sys.dont_write_bytecode = True
+import worker
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(HERE, "data", "public")
 MODEL = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
@@ -232,12 +235,15 @@ class Skip(Exception):
     pass
 
 
-def engine(args, words):
+def options(args):
+    words = ["--backend", args.backend, "--dtype", args.dtype]
+    return words + (["--threads", str(args.threads)] if args.threads else [])
+
+
+def engine(args, words, fds=()):
     cmd = [os.path.join(args.build, "larder-prefill")] + words + [
-        "--model", args.model, "--backend", args.backend, "--dtype", args.dtype, "--json"]
-    if args.threads:
-        cmd += ["--threads", str(args.threads)]
-    p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        "--model", args.model, "--json"] + options(args)
+    p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=fds)
     if "LARDER_EBACKEND" in p.stderr and args.dtype == "bf16":
         raise Skip(p.stderr.strip())
     if p.returncode:
@@ -269,6 +275,35 @@ def run_doc(args, tmp, doc, names):
     for (name, r), answer in zip(runs, answers):
         (compare if args.dtype == "f32" else compare_bf16)(doc, name, r, answer)
     return doc_path, len(ids), answers[0]["trace"]
+
+
+def check_worker(args, tmp):
+    """Rows that went through the worker's frames and an image, in bf16, answer as recorded."""
+    with open(os.path.join(DATA, "doc_a700.json")) as f:
+        ids = json.load(f)["ids"]
+    run = load_runs("a700", ["full"])[0][1]
+    w = worker.Worker(os.path.join(args.build, "larder-prefill"), args.model, options(args))
+    kind, body, layers, _ = w.prefill(1, "full", ids, cancel_at=2)
+    claim("worker: a cancel ends a job between two layers",
+          None if kind == worker.W_FAIL and body["code"] == -19 and len(layers) == 3 else str(body))
+    kind, body = w.prepare(2, "snapkv,rows=32", ids)
+    claim("worker: a budget below the window fails before the prefill",
+          None if kind == worker.W_FAIL and body["code"] == -15 else str(body))
+    kind, done, layers, logits = w.prefill(3, "full", ids)
+    claim("worker: the next job is computed whole",
+          None if kind == worker.W_DONE and len(layers) == 30 else str(done))
+    model = w.hello["models"][0]
+    claim("worker: ends in order when the daemon is gone", None if w.close() == 0 else "failed")
+    fd = worker.memfile(worker.image(model, ids, done, layers, logits))
+    resume = run["resume_kv_bf16"][0]
+    q_path = write_ids(tmp, "q.ids", resume["question_ids"])
+    answer = engine(args, ["ask", "--image-fd", str(fd), "--tokens", q_path, "--max-new", "32",
+                           "--ignore-eos"], fds=[fd])[0]
+    os.close(fd)
+    claim("image: logits after the question, rows in bf16",
+          check_logits(answer["top_logits"], resume["logits_question"], QUESTION_ABS, 20))
+    claim("image: greedy continuation, rows in bf16",
+          check_greedy(answer["generated_ids"], resume, GREEDY_GAP))
 
 
 def check_trace_command(args, doc_path, n, trace):
@@ -306,6 +341,8 @@ def main():
             for doc, names in plan:
                 path, n, trace = run_doc(args, tmp, doc, names)
             check_trace_command(args, path, n, trace)
+            if args.dtype == "f32":
+                check_worker(args, tmp)
     except Skip as why:
         print("bf16 is not tested: %s" % why, file=sys.stderr)
         return 77
