@@ -86,8 +86,7 @@ int decode_open(struct decode **ret, struct backend *b, const struct weights *w,
     if (!d)
         return larder_fail(e, LARDER_ENOMEM, "no memory to decode");
     *d = (struct decode){.b = b, .w = w, .past = past, .next_pos = next_pos, .max_new = max_new};
-    d->layer_bytes =
-        (uint64_t)g->n_kv_heads * max_new * g->head_dim * kv_dtype_bytes(b->elem);
+    d->layer_bytes = (uint64_t)g->n_kv_heads * max_new * g->head_dim * kv_dtype_bytes(b->elem);
     d->k = mem_aligned(g->n_layers, d->layer_bytes);
     d->v = mem_aligned(g->n_layers, d->layer_bytes);
     if (!d->k || !d->v) {

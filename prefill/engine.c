@@ -29,10 +29,10 @@ struct run {
     const struct policy *policy;
     const struct engine_sink *sink; /* NULL: rows are not collected */
     const char *pass;
-    uint32_t n0;     /* rows at the start */
-    uint32_t n;      /* rows now */
-    uint32_t m;      /* of these, rankable (before the window) */
-    uint32_t stride; /* row capacity per head */
+    uint32_t n0;           /* rows at the start */
+    uint32_t n;            /* rows now */
+    uint32_t m;            /* of these, rankable (before the window) */
+    uint32_t stride;       /* row capacity per head */
     uint32_t rows, select; /* the budgets in rows */
     float *hidden;
     uint32_t *pos;      /* rotation positions */
@@ -672,8 +672,7 @@ int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const str
         return rc;
     if (is_two_pass(&p) && proto.select >= n)
         p = (struct policy){.kind = POLICY_FULL}; /* nothing to choose: everything stays */
-    rc = is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e)
-                         : one_pass(&proto, ids, n, &res, e);
+    rc = is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e) : one_pass(&proto, ids, n, &res, e);
     if (rc) {
         engine_result_done(&res);
         return rc;

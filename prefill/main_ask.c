@@ -104,8 +104,9 @@ static int check_image(struct ask *a, const struct larder_image *im, struct lard
         im->n_heads != p->geom.n_heads || im->head_dim != p->geom.head_dim)
         return larder_fail(e, LARDER_EDAMAGED, "the image's shape is not its model's");
     if (im->dtype != LARDER_ROWS_BF16 && im->dtype != LARDER_ROWS_F32)
-        return larder_fail(e, LARDER_EUNSUPPORTED, "rows in f16 cannot be resumed from yet; fetch "
-                                                   "the entry as bf16");
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "rows in f16 cannot be resumed from yet; fetch "
+                           "the entry as bf16");
     return 0;
 }
 
@@ -255,15 +256,15 @@ static json_t *json_answer(const struct ask *a, const struct policy *policy, con
     double steps = ans->n > 1 ? ans->n - 1 : 0;
     json_t *j = json_pack(
         "{sI sI so sO so ss% sf sf sf sf so ss ss ss}", "n_ctx", (json_int_t)p->n_ctx, "next_pos",
-        (json_int_t)p->next_pos, "question_ids", json_ids(a->q.ids, a->q.n), "top_logits",
-        ans->top, "generated_ids", json_ids(ans->ids, ans->n), "text", ans->text.buf,
-        ans->text.len, "ttft_ms", ans->first_ms - r->load_ms, "prefill_ms", r->prefill_ms,
-        "load_ms", a->load_ms, "decode_tokens_per_s",
-        ans->decode_ms > 0 ? steps * 1e3 / ans->decode_ms : 0.0, "sel_layer",
+        (json_int_t)p->next_pos, "question_ids", json_ids(a->q.ids, a->q.n), "top_logits", ans->top,
+        "generated_ids", json_ids(ans->ids, ans->n), "text", ans->text.buf, ans->text.len,
+        "ttft_ms", ans->first_ms - r->load_ms, "prefill_ms", r->prefill_ms, "load_ms", a->load_ms,
+        "decode_tokens_per_s", ans->decode_ms > 0 ? steps * 1e3 / ans->decode_ms : 0.0, "sel_layer",
         policy && r->sel_layer >= 0 ? json_integer(r->sel_layer) : json_null(), "backend",
         b->ops->name, "dtype", kv_dtype_name(b->elem), "isa", b->isa);
 
-    if (j && policy && a->trace && json_object_set_new(j, "trace", json_trace(b, policy, r, &p->cache))) {
+    if (j && policy && a->trace &&
+        json_object_set_new(j, "trace", json_trace(b, policy, r, &p->cache))) {
         json_decref(j);
         return NULL;
     }

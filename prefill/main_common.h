@@ -26,31 +26,31 @@
 #define MAIN_MAX_DOCUMENT (64u << 20) /* bytes; far above any model's positions */
 
 /* X(name, takes an argument, text in --help) */
-#define OPTION_LIST(X) \
-    X(MODEL, "model", 1, "PATH", "model file (worker: NAME=PATH[,template=T], repeatable)") \
-    X(FILE, "file", 1, "F", "the document, UTF-8 text") \
-    X(DOC_TOKENS, "doc-tokens", 1, "F", "the document as whitespace-separated token ids") \
-    X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)") \
-    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image to resume from") \
-    X(POLICY, "policy", 1, "P", "pruning policy; may be given several times") \
-    X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)") \
-    X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)") \
-    X(DTYPE, "dtype", 1, "D", "auto, bf16 or f32; auto is bf16 where the processor has it") \
-    X(THREADS, "threads", 1, "N", "threads (default: one per processor)") \
-    X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)") \
-    X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token") \
-    X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer") \
-    X(FD, "fd", 1, "N", "connected worker socket") \
-    X(CONNECT, "connect", 1, "PATH", "worker socket to connect to") \
-    X(KNOWN, "known", 1, "ID", "NAME=DEV:INO:SIZE:MTIME_NS:HEX, a fingerprint known already") \
-    X(JSON, "json", 0, "", "print JSON") \
+#define OPTION_LIST(X)                                                                             \
+    X(MODEL, "model", 1, "PATH", "model file (worker: NAME=PATH[,template=T], repeatable)")        \
+    X(FILE, "file", 1, "F", "the document, UTF-8 text")                                            \
+    X(DOC_TOKENS, "doc-tokens", 1, "F", "the document as whitespace-separated token ids")          \
+    X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)")              \
+    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image to resume from")                         \
+    X(POLICY, "policy", 1, "P", "pruning policy; may be given several times")                      \
+    X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)")                        \
+    X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)")                                     \
+    X(DTYPE, "dtype", 1, "D", "auto, bf16 or f32; auto is bf16 where the processor has it")        \
+    X(THREADS, "threads", 1, "N", "threads (default: one per processor)")                          \
+    X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)")                     \
+    X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token")                                \
+    X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer")                        \
+    X(FD, "fd", 1, "N", "connected worker socket")                                                 \
+    X(CONNECT, "connect", 1, "PATH", "worker socket to connect to")                                \
+    X(KNOWN, "known", 1, "ID", "NAME=DEV:INO:SIZE:MTIME_NS:HEX, a fingerprint known already")      \
+    X(JSON, "json", 0, "", "print JSON")                                                           \
     X(HELP, "help", 0, "", "print this help")
 
 enum option_id {
 #define X(name, text, arg, value, help) OPTION_##name,
     OPTION_LIST(X)
 #undef X
-    N_OPTIONS,
+        N_OPTIONS,
 };
 
 /* Every value given for an option, in order; flags count only. */

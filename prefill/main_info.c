@@ -25,14 +25,14 @@ static void print_info(const struct model_params *p, const struct tokenizer *t, 
 static json_t *json_info(const struct model_params *p, const struct tokenizer *t, const char *tmpl,
                          const char *fp, const char *tok_fp)
 {
-    return json_pack(
-        "{ss ss sI sI sI sI sI sI sI sI sf sf sI ss ss ss}", "name", p->name, "arch", p->arch,
-        "n_layers", (json_int_t)p->geom.n_layers, "n_heads", (json_int_t)p->geom.n_heads,
-        "n_kv_heads", (json_int_t)p->geom.n_kv_heads, "head_dim", (json_int_t)p->geom.head_dim,
-        "n_hidden", (json_int_t)p->n_hidden, "n_ff", (json_int_t)p->n_ff, "n_vocab",
-        (json_int_t)p->n_vocab, "n_positions", (json_int_t)p->n_positions, "rope_theta",
-        p->rope_theta, "norm_eps", p->norm_eps, "eos", (json_int_t)tokenizer_eos(t), "template",
-        tmpl, "fingerprint", fp, "tokenizer_fingerprint", tok_fp);
+    return json_pack("{ss ss sI sI sI sI sI sI sI sI sf sf sI ss ss ss}", "name", p->name, "arch",
+                     p->arch, "n_layers", (json_int_t)p->geom.n_layers, "n_heads",
+                     (json_int_t)p->geom.n_heads, "n_kv_heads", (json_int_t)p->geom.n_kv_heads,
+                     "head_dim", (json_int_t)p->geom.head_dim, "n_hidden", (json_int_t)p->n_hidden,
+                     "n_ff", (json_int_t)p->n_ff, "n_vocab", (json_int_t)p->n_vocab, "n_positions",
+                     (json_int_t)p->n_positions, "rope_theta", p->rope_theta, "norm_eps",
+                     p->norm_eps, "eos", (json_int_t)tokenizer_eos(t), "template", tmpl,
+                     "fingerprint", fp, "tokenizer_fingerprint", tok_fp);
 }
 
 int main_info(const struct options *o, struct larder_err *e)

@@ -129,21 +129,19 @@ static json_t *describe(const struct served *m)
     char fp_hex[65], tok_hex[65], tmpl_hex[65];
     uint8_t fp[32];
 
-    if (model_fingerprint(m->s.model, fp, NULL) ||
-        worker_template_hex(m->s.tmpl, tmpl_hex, NULL))
+    if (model_fingerprint(m->s.model, fp, NULL) || worker_template_hex(m->s.tmpl, tmpl_hex, NULL))
         return NULL;
     sha256_hex(fp, fp_hex);
     tokenizer_fingerprint(model_tokenizer(m->s.model), fp);
     sha256_hex(fp, tok_hex);
-    return json_pack("{ss ss sI sI sI sI ss ss ss ss sI sI sI sI sI sI ss}", "name", m->name,
-                     "path", m->path, "dev", (json_int_t)id.dev, "ino", (json_int_t)id.ino, "size",
-                     (json_int_t)id.size, "mtime_ns", (json_int_t)id.mtime_ns, "fingerprint",
-                     fp_hex, "tokenizer_fingerprint", tok_hex, "template", m->s.tmpl->name,
-                     "template_fingerprint", tmpl_hex, "n_layers", (json_int_t)p->geom.n_layers,
-                     "n_heads", (json_int_t)p->geom.n_heads, "n_kv_heads",
-                     (json_int_t)p->geom.n_kv_heads, "head_dim", (json_int_t)p->geom.head_dim,
-                     "n_vocab", (json_int_t)p->n_vocab, "n_positions", (json_int_t)p->n_positions,
-                     "arch", p->arch);
+    return json_pack(
+        "{ss ss sI sI sI sI ss ss ss ss sI sI sI sI sI sI ss}", "name", m->name, "path", m->path,
+        "dev", (json_int_t)id.dev, "ino", (json_int_t)id.ino, "size", (json_int_t)id.size,
+        "mtime_ns", (json_int_t)id.mtime_ns, "fingerprint", fp_hex, "tokenizer_fingerprint",
+        tok_hex, "template", m->s.tmpl->name, "template_fingerprint", tmpl_hex, "n_layers",
+        (json_int_t)p->geom.n_layers, "n_heads", (json_int_t)p->geom.n_heads, "n_kv_heads",
+        (json_int_t)p->geom.n_kv_heads, "head_dim", (json_int_t)p->geom.head_dim, "n_vocab",
+        (json_int_t)p->n_vocab, "n_positions", (json_int_t)p->n_positions, "arch", p->arch);
 }
 
 json_t *worker_hello(const struct worker *w)

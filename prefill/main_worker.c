@@ -22,7 +22,8 @@
 #include "memfile.h"
 #include "seqpacket.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are copied to the wire as they are");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "rows are copied to the wire as they are");
 
 /* One job. */
 struct job {
@@ -171,8 +172,8 @@ static int on_layer(void *arg, uint32_t layer, const struct kept_rows *heads, st
     for (uint32_t g = 0; g < j->s.backend->p->geom.n_kv_heads; g++)
         json_array_append_new(rows, json_integer(heads[g].n_rows));
     rc = send_frame(j->w, FRAME_W_LAYER, j->seq,
-                    json_pack("{sI sI so sb}", "job", (json_int_t)j->id, "layer",
-                              (json_int_t)layer, "rows", rows, "has_bias", 0),
+                    json_pack("{sI sI so sb}", "job", (json_int_t)j->id, "layer", (json_int_t)layer,
+                              "rows", rows, "has_bias", 0),
                     fd, e);
     close(fd);
     return rc;
@@ -343,9 +344,8 @@ static int send_prepared(struct job *j, struct larder_err *e)
 static int send_done(struct job *j, const struct engine_result *r, struct larder_err *e)
 {
     json_t *body = json_pack(
-        "{sI sI so sb so sI sI sI}", "job", (json_int_t)j->id, "next_pos",
-        (json_int_t)r->next_pos, "sel_layer",
-        r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "renumbered",
+        "{sI sI so sb so sI sI sI}", "job", (json_int_t)j->id, "next_pos", (json_int_t)r->next_pos,
+        "sel_layer", r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "renumbered",
         (int)r->renumbered, "rank_variance", json_variance(r), "prefill_ms",
         (json_int_t)(r->prefill_ms + 0.5), "load_ms", (json_int_t)(r->load_ms + 0.5), "peak_bytes",
         (json_int_t)peak_bytes());
@@ -433,7 +433,8 @@ static int serve_one(struct worker *w, struct larder_err *e)
     if (f.type == FRAME_W_JOB)
         rc = take_job(w, &f, fd, e);
     else if (f.type != FRAME_W_CANCEL) /* a cancel may cross a job's last frame */
-        rc = larder_fail(e, LARDER_EPROTO, "unexpected %s while idle", frame_type_name((int)f.type));
+        rc =
+            larder_fail(e, LARDER_EPROTO, "unexpected %s while idle", frame_type_name((int)f.type));
     if (fd >= 0)
         close(fd);
     json_decref(f.body);

@@ -25,7 +25,7 @@ enum key {
     N_KEYS,
 };
 
-static const char *const key_name[N_KEYS] = {"rows", "select", "w",    "pool", "poolkind",
+static const char *const key_name[N_KEYS] = {"rows", "select", "w",   "pool", "poolkind",
                                              "lmin", "lobs",   "tau", "layer"};
 
 #define BIT(k) (1u << KEY_##k)
@@ -399,8 +399,9 @@ int policy_resolve(struct policy *p, uint32_t n_layers, struct larder_err *e)
     if (p->layer == AUTO) /* the papers' 15 and 13 of 32 layers */
         p->layer = (uint32_t)(n * (p->kind == POLICY_FASTKV ? 15 : 13) / 32);
     if (p->layer >= n_layers)
-        return larder_fail(e, LARDER_EPOLICY, "policy: layer=%u, but the model's layers are 0 to %u",
-                           p->layer, n_layers - 1);
+        return larder_fail(e, LARDER_EPOLICY,
+                           "policy: layer=%u, but the model's layers are 0 to %u", p->layer,
+                           n_layers - 1);
     return 0;
 }
 

@@ -71,8 +71,8 @@ static inline uint32_t ref_padded(uint32_t n)
 static inline struct ref_mul ref_by(const struct ref_matrix *w, const float *a, uint64_t lda,
                                     uint32_t m, float *c, uint64_t ldc)
 {
-    return (struct ref_mul){a, lda, m, w->panel, REF_WIDE, (uint64_t)w->n_in * REF_WIDE, w->n_in,
-                            c, ldc, w->n_out};
+    return (struct ref_mul){a,       lda, m,   w->panel, REF_WIDE, (uint64_t)w->n_in * REF_WIDE,
+                            w->n_in, c,   ldc, w->n_out};
 }
 
 /* Rows row0.. of the matrix from src[n][n_in]. */

@@ -25,11 +25,11 @@ struct attention {
     ref_mul_fn *mul;
     const struct kv_geom *geom;
     const float *q;
-    uint64_t q_stride;  /* rows per head of q */
-    uint32_t n_rows;    /* query rows */
-    uint32_t row0;      /* first one that is wanted */
-    uint32_t n_keys;    /* after the stored ones; the last query row sees all of them */
-    uint32_t n_blocks;  /* of REF_BLOCK rows, per query head */
+    uint64_t q_stride;   /* rows per head of q */
+    uint32_t n_rows;     /* query rows */
+    uint32_t row0;       /* first one that is wanted */
+    uint32_t n_keys;     /* after the stored ones; the last query row sees all of them */
+    uint32_t n_blocks;   /* of REF_BLOCK rows, per query head */
     struct gathered *kv; /* [n_kv_heads] */
     float *scratch;
     uint64_t per_worker;
@@ -224,8 +224,12 @@ static int attend_all(struct backend *b, struct attention *a, struct larder_err 
 int ref_attend(struct backend *b, const struct attend *t, struct larder_err *e)
 {
     struct source s = {t->k, t->v, t->n, t->stride, NULL};
-    struct attention a = {.q = t->q, .q_stride = t->stride, .n_rows = t->n, .row0 = t->row0,
-                          .n_keys = t->n, .o = t->o};
+    struct attention a = {.q = t->q,
+                          .q_stride = t->stride,
+                          .n_rows = t->n,
+                          .row0 = t->row0,
+                          .n_keys = t->n,
+                          .o = t->o};
     int rc = gather(&b->p->geom, &s, &a.kv, e);
 
     if (!rc)
@@ -237,8 +241,8 @@ int ref_attend(struct backend *b, const struct attend *t, struct larder_err *e)
 int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e)
 {
     struct source s = {r->k, r->v, r->n_tail, r->stride, r->past};
-    struct attention a = {.q = r->q, .q_stride = r->q_stride, .n_rows = r->n_new,
-                          .n_keys = r->n_tail, .o = r->o};
+    struct attention a = {
+        .q = r->q, .q_stride = r->q_stride, .n_rows = r->n_new, .n_keys = r->n_tail, .o = r->o};
     int rc = gather(&b->p->geom, &s, &a.kv, e);
 
     if (!rc)
@@ -284,8 +288,13 @@ int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint
 {
     const struct kv_geom *geom = &b->p->geom;
     struct source s = {k, NULL, n, stride, NULL};
-    struct attention a = {.mul = ref_of(b)->mul, .geom = geom, .q = q, .q_stride = stride,
-                          .n_rows = w, .n_keys = n, .mass = mass};
+    struct attention a = {.mul = ref_of(b)->mul,
+                          .geom = geom,
+                          .q = q,
+                          .q_stride = stride,
+                          .n_rows = w,
+                          .n_keys = n,
+                          .mass = mass};
     int rc = gather(geom, &s, &a.kv, e);
 
     if (rc)

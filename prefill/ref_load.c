@@ -24,8 +24,9 @@ static int matrix_new(struct ref_matrix *w, uint32_t n_out, uint32_t n_in, struc
 }
 
 /* Source rows from.. of `which` become rows to.. of w. */
-static int matrix_read(const struct model *m, uint32_t layer, enum model_weight which, uint32_t from,
-                       uint32_t n, struct ref_matrix *w, uint32_t to, struct larder_err *e)
+static int matrix_read(const struct model *m, uint32_t layer, enum model_weight which,
+                       uint32_t from, uint32_t n, struct ref_matrix *w, uint32_t to,
+                       struct larder_err *e)
 {
     float *buf = mem_alloc((uint64_t)READ_ROWS * w->n_in, sizeof *buf);
     int rc = 0;
@@ -71,8 +72,8 @@ static int qkv_load(const struct backend *b, uint32_t layer, struct ref_matrix *
     return rc;
 }
 
-static int vector_load(const struct backend *b, uint32_t layer, enum model_weight which, float **ret,
-                       struct larder_err *e)
+static int vector_load(const struct backend *b, uint32_t layer, enum model_weight which,
+                       float **ret, struct larder_err *e)
 {
     *ret = mem_alloc(b->p->n_hidden, sizeof **ret);
     if (!*ret)

@@ -20,9 +20,8 @@ static inline __attribute__((always_inline)) void store(float *c, const vec *v, 
 }
 
 /* One tile: `rows` is a constant at every call, so that the array lives in registers. */
-static inline __attribute__((always_inline)) void tile(const struct ref_mul *x, const float *a,
-                                                       const float *b, float *c, uint32_t n,
-                                                       const int rows)
+static inline __attribute__((always_inline)) void
+tile(const struct ref_mul *x, const float *a, const float *b, float *c, uint32_t n, const int rows)
 {
     vec acc[8];
 

@@ -96,7 +96,8 @@ int select_order(const double *score, uint32_t m, uint32_t *order, struct larder
     for (uint32_t j = 0; j < m; j++) {
         if (!isfinite(score[j])) {
             mem_free(s);
-            return larder_fail(e, LARDER_ENUMERIC, "score of token %u is not finite; nothing was kept", j);
+            return larder_fail(e, LARDER_ENUMERIC,
+                               "score of token %u is not finite; nothing was kept", j);
         }
         s[j] = (struct scored){score[j], j};
     }

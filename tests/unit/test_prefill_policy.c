@@ -36,11 +36,13 @@ static void defaults_are_written_out(void **state)
 {
     (void)state;
     assert_prints("full", "full");
-    assert_prints("asl", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
+    assert_prints("asl",
+                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
     assert_prints("snapkv", "snapkv,rows=2048,w=32,pool=7,poolkind=avg");
     assert_prints("fastkv", "fastkv,rows=2048,select=2048,w=32,pool=7,poolkind=avg,layer=auto");
     assert_prints("gemfilter", "gemfilter,rows=2048,pool=5,layer=auto");
-    assert_prints("asl2pass", "asl2pass,rows=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
+    assert_prints("asl2pass",
+                  "asl2pass,rows=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
 }
 
 static void spelling_is_one_per_meaning(void **state)
@@ -55,8 +57,10 @@ static void spelling_is_one_per_meaning(void **state)
     assert_prints(canonical, canonical);
     assert_prints("snapkv,rows=25.0%,poolkind=max", "snapkv,rows=25%,w=32,pool=7,poolkind=max");
     assert_prints("snapkv,rows=100%", "snapkv,rows=all,w=32,pool=7,poolkind=avg");
-    assert_prints("asl,tau=0", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0");
-    assert_prints("asl,tau=1.5", "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=1.5");
+    assert_prints("asl,tau=0",
+                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0");
+    assert_prints("asl,tau=1.5",
+                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=1.5");
 }
 
 static void select_follows_rows_unless_given(void **state)
