@@ -1,0 +1,51 @@
+/* codec.h - lossless coding of one extent (FORMAT.md, "Codecs").
+ *
+ * Purpose    bf16 rows are split into an exponent plane, entropy-coded inside a standard
+ *            zstd frame, and a sign-and-mantissa plane, which does not compress. An
+ *            XXH3-128 over the uncompressed bytes is taken on the way in and out.
+ * Ownership  codec_new() allocates, codec_free() frees (NULL allowed).
+ * Threads    A codec belongs to one thread at a time.
+ * Errors     LARDER_EDAMAGED for bytes that do not decode to what was declared.
+ */
+#ifndef LARDER_CODEC_H
+#define LARDER_CODEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "larder_status.h"
+
+#define EXTENT_RAW_MAX (1u << 20)
+#define EXTENT_STORED_MAX (EXTENT_RAW_MAX + 4096u)
+#define EXTENT_HASH_LEN 16
+
+enum codec_kind {
+    CODEC_RAW = 0,    /* bytes as they are */
+    CODEC_PLANES = 1, /* bf16: zstd frame of exponents, then sign and mantissa bytes */
+    CODEC_ZSTD = 2,   /* a zstd frame */
+};
+
+struct codec;
+
+struct codec *codec_new(void); /* NULL when memory is out */
+void codec_free(struct codec *c);
+
+/* Code raw[0..len), len <= EXTENT_RAW_MAX, with `want`, or CODEC_RAW where that is not larger.
+ * *ret_stored is borrowed from the codec (or is `raw`) until the next call. */
+int codec_encode(struct codec *c, enum codec_kind want, const void *raw, uint32_t len,
+                 enum codec_kind *ret_kind, const void **ret_stored, uint32_t *ret_len,
+                 uint8_t hash[EXTENT_HASH_LEN], struct larder_err *e);
+
+/* A piece of an extent's uncompressed bytes and where it goes. NULL dst: decode and hash only. */
+struct codec_piece {
+    void *dst;
+    uint32_t len; /* even for CODEC_PLANES */
+};
+
+/* Decode into pieces, whose lengths add up to raw_len, and compare the hash. The bytes in
+ * the pieces are only to be used when it returns 0. */
+int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
+                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
+                 const struct codec_piece *piece, uint32_t n_pieces, struct larder_err *e);
+
+#endif

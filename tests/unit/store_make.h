@@ -1,0 +1,195 @@
+/* store_make.h - a synthetic entry to put into a store and to compare with what comes back. */
+#ifndef LARDER_STORE_MAKE_H
+#define LARDER_STORE_MAKE_H
+
+#include "half.h"
+#include "manifest.h"
+#include "packed.h"
+#include "store.h"
+#include "testlib.h"
+
+#define LAYERS 3
+#define HEADS 2
+#define DIM 64
+#define VOCAB 40
+#define MAX_ROWS 4000
+
+struct synthetic {
+    struct kv_geom geom;
+    enum kv_dtype precision;
+    bool has_bias;
+    uint32_t n_ctx;
+    uint32_t rows[LAYERS][HEADS];
+    uint32_t *position[LAYERS][HEADS];
+    uint8_t *k[LAYERS][HEADS], *v[LAYERS][HEADS]; /* tiles */
+    uint16_t *want_k[LAYERS][HEADS], *want_v[LAYERS][HEADS]; /* bf16 after expansion */
+    float *bias[LAYERS][HEADS]; /* values that bf16 represents */
+    uint32_t *tokens;
+    float logits[VOCAB];
+    struct store_info info;
+};
+
+static inline void *must(void *p)
+{
+    assert_non_null(p);
+    return p;
+}
+
+static inline void make_head(struct synthetic *y, int l, int h, uint64_t *seed)
+{
+    uint32_t n = y->rows[l][h], p = 0;
+    float *k = must(mem_alloc((uint64_t)n * DIM, sizeof *k));
+    float *v = must(mem_alloc((uint64_t)n * DIM, sizeof *v));
+
+    y->position[l][h] = must(mem_alloc(n, 4));
+    y->bias[l][h] = must(mem_alloc(n, 4));
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t slack = y->n_ctx - p - (n - i);
+
+        p += slack ? (uint32_t)(test_rand(seed) % 3 ? 0 : test_rand(seed) % (slack < 5 ? slack + 1 : 5)) : 0;
+        y->position[l][h][i] = p++;
+        y->bias[l][h][i] = bf16_to_f32(f32_to_bf16(test_randf(seed)));
+    }
+    for (uint64_t i = 0; i < (uint64_t)n * DIM; i++) {
+        k[i] = test_randf(seed) * (float)(1 + i % 7);
+        v[i] = test_randf(seed);
+    }
+    y->k[l][h] = must(mem_zalloc(tile_bytes_k(y->precision, n, DIM), 1));
+    y->v[l][h] = must(mem_zalloc(tile_bytes_v(y->precision, n, DIM), 1));
+    y->want_k[l][h] = must(mem_zalloc((uint64_t)n * DIM, 2));
+    y->want_v[l][h] = must(mem_zalloc((uint64_t)n * DIM, 2));
+    if (y->precision == KV_BF16) {
+        for (uint64_t i = 0; i < (uint64_t)n * DIM; i++) {
+            y->want_k[l][h][i] = f32_to_bf16(k[i]);
+            y->want_v[l][h][i] = f32_to_bf16(v[i]);
+        }
+        memcpy(y->k[l][h], y->want_k[l][h], 2ull * n * DIM);
+        memcpy(y->v[l][h], y->want_v[l][h], 2ull * n * DIM);
+    } else {
+        packed_from_k(y->precision, k, n, DIM, y->k[l][h]);
+        packed_from_v(y->precision, v, n, DIM, y->v[l][h]);
+        packed_expand_k(y->precision, y->k[l][h], n, DIM, y->want_k[l][h]);
+        packed_expand_v(y->precision, y->v[l][h], n, DIM, y->want_v[l][h]);
+    }
+    mem_free(k);
+    mem_free(v);
+}
+
+/* An entry of n_ctx tokens with ragged rows; `seed` makes it, so equal seeds are equal. */
+static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype precision, bool has_bias,
+                                              uint64_t seed)
+{
+    struct synthetic *y = must(mem_zalloc(1, sizeof *y));
+    uint64_t s = seed * 2654435761u + 1;
+
+    y->geom = (struct kv_geom){LAYERS, HEADS * 2, HEADS, DIM};
+    y->precision = precision;
+    y->has_bias = has_bias;
+    y->n_ctx = n_ctx;
+    y->tokens = must(mem_alloc(n_ctx, 4));
+    for (uint32_t i = 0; i < n_ctx; i++)
+        y->tokens[i] = (uint32_t)(test_rand(&s) % VOCAB);
+    for (int i = 0; i < VOCAB; i++)
+        y->logits[i] = (float)(i - 20) / 4;
+    for (int l = 0; l < LAYERS; l++)
+        for (int h = 0; h < HEADS; h++) {
+            y->rows[l][h] = n_ctx - (uint32_t)(test_rand(&s) % (n_ctx / 2 + 1));
+            make_head(y, l, h, &s);
+        }
+    y->info = (struct store_info){
+        .ident = {.policy = "full", .ns = "default", .tokens = y->tokens, .n_tokens = n_ctx},
+        .n_ctx = n_ctx, .next_pos = n_ctx, .n_vocab = VOCAB, .sel_layer = 1, .model = "m",
+        .tmpl = "plain", .backend = "test", .extra = "{\"a\":1}", .text = "some text",
+        .text_len = 9, .logits = y->logits, .prefill_ms = 12, .created = 1000};
+    memset(y->info.ident.model_fp, 1, 32);
+    return y;
+}
+
+static inline void synthetic_free(struct synthetic *y)
+{
+    for (int l = 0; l < LAYERS; l++)
+        for (int h = 0; h < HEADS; h++) {
+            mem_free(y->position[l][h]);
+            mem_free(y->k[l][h]);
+            mem_free(y->v[l][h]);
+            mem_free(y->want_k[l][h]);
+            mem_free(y->want_v[l][h]);
+            mem_free(y->bias[l][h]);
+        }
+    mem_free(y->tokens);
+    mem_free(y);
+}
+
+static inline int synthetic_put(struct store *s, const struct synthetic *y, const char *name, bool pin,
+                                uint8_t key[32], struct larder_err *e)
+{
+    struct store_put *p = NULL;
+    int rc = store_put_begin(s, &p, &y->geom, y->precision, y->has_bias, e);
+
+    for (int l = 0; !rc && l < LAYERS; l++) {
+        struct store_rows r[HEADS];
+
+        for (int h = 0; h < HEADS; h++)
+            r[h] = (struct store_rows){y->rows[l][h], y->position[l][h], y->k[l][h], y->v[l][h], y->bias[l][h]};
+        rc = store_put_layer(p, r, e);
+    }
+    if (rc) {
+        store_put_abort(p);
+        return rc;
+    }
+    return store_put_commit(p, &y->info, name, pin, key, e);
+}
+
+/* Decode everything and compare; 0 when all is right, else the first failing code. */
+static inline int synthetic_compare(struct store *s, const struct synthetic *y, const uint8_t key[32],
+                                    struct larder_err *e)
+{
+    struct store_entry *en = NULL;
+    struct store_target t[LAYERS * HEADS];
+    int rc = store_entry_open(s, key, &en, e);
+
+    if (rc)
+        return rc;
+    for (int i = 0; i < LAYERS * HEADS; i++) {
+        uint32_t n = y->rows[i / HEADS][i % HEADS];
+
+        t[i].k = must(mem_zalloc((uint64_t)n * DIM, 2));
+        t[i].v = must(mem_zalloc((uint64_t)n * DIM, 2));
+        t[i].bias = must(mem_zalloc(n, 4));
+    }
+    for (uint32_t i = 0; !rc && i < store_entry_n_extents(en); i++)
+        rc = store_entry_decode(en, i, t, e);
+    if (!rc)
+        rc = store_entry_load(en, e);
+    for (int i = 0; i < LAYERS * HEADS; i++) {
+        int l = i / HEADS, h = i % HEADS;
+        uint32_t n = y->rows[l][h];
+
+        if (!rc) {
+            assert_int_equal(store_entry_info(en)->rows[i], n);
+            assert_memory_equal(t[i].k, y->want_k[l][h], 2ull * n * DIM);
+            assert_memory_equal(t[i].v, y->want_v[l][h], 2ull * n * DIM);
+            assert_memory_equal(store_entry_positions(en, (uint32_t)l, (uint32_t)h), y->position[l][h], 4ull * n);
+            if (y->has_bias)
+                assert_memory_equal(t[i].bias, y->bias[l][h], 4ull * n);
+        }
+        mem_free(t[i].k);
+        mem_free(t[i].v);
+        mem_free(t[i].bias);
+    }
+    if (!rc) {
+        const struct store_info *in = store_entry_info(en);
+
+        assert_memory_equal(in->ident.tokens, y->tokens, 4ull * y->n_ctx);
+        assert_memory_equal(in->logits, y->logits, sizeof y->logits);
+        assert_int_equal(in->text_len, y->info.text_len);
+        assert_memory_equal(in->text, y->info.text, y->info.text_len);
+        assert_string_equal(in->extra, y->info.extra);
+        assert_string_equal(in->ident.policy, y->info.ident.policy);
+        assert_int_equal(in->sel_layer, 1);
+    }
+    store_entry_close(en);
+    return rc;
+}
+
+#endif
