@@ -10,7 +10,7 @@
 
 #include "decode.h"
 #include "larder_image.h"
-#include "main_text.h"
+#include "textout.h"
 #include "mem.h"
 #include "memfile.h"
 #include "sha256.h"

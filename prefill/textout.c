@@ -1,9 +1,9 @@
-/* main_text.c - a byte stream cut into whole UTF-8 characters.
+/* textout.c - a byte stream cut into whole UTF-8 characters.
  *
  * The one idea: at most four bytes wait. They are complete, can become complete, or
  * cannot; in the last case the first of them leaves as U+FFFD and the rest is looked
  * at again, so that no valid character is lost after a broken one. */
-#include "main_text.h"
+#include "textout.h"
 
 #include <string.h>
 
