@@ -60,8 +60,9 @@ static int open_auto(const struct backend_ops *ops, const struct model *m, struc
 int setup_backend(const struct options *o, const struct model *m, struct backend **ret,
                   struct larder_err *e)
 {
-    const char *name = option_get(o, OPTION_BACKEND), *dtype = option_get(o, OPTION_DTYPE);
-    const struct backend_ops *ops = backend_find(name ? name : "cpu");
+    const char *asked = option_get(o, OPTION_BACKEND), *dtype = option_get(o, OPTION_DTYPE);
+    const char *name = asked ? asked : "cpu";
+    const struct backend_ops *ops = backend_find(name);
     struct backend_opts bo = {.dtype = KV_F32};
     uint64_t threads = 0;
     int rc = option_number(o, OPTION_THREADS, 1024, &threads, e);
