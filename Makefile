@@ -53,7 +53,7 @@ cflags = $(must) -I$(firstword $(subst /, ,$1)) $(addprefix -I,$(call row,$1)) $
 # ---- outside libraries, by directory
 pkg = $(shell pkg-config --libs $1 2>/dev/null || echo -l$(subst lib,,$1))
 LIBS_base    := -lcrypto
-LIBS_store   := -llmdb -lzstd -lxxhash $(LIBS_base)
+LIBS_store   := -llmdb -lzstd -lxxhash -lm $(LIBS_base)
 LIBS_ipc     := -ljansson $(LIBS_base)
 LIBS_prefill := -ldnnl -lutf8proc -ljansson -lm $(LIBS_base)
 LIBS_client  := -ljansson
