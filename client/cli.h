@@ -70,6 +70,9 @@ int cli_connect(struct cli *c, struct larder_err *e);
 int cli_ask_daemon(struct cli *c, enum frame_type type, json_t *body, int timeout_ms, json_t **ret,
                    struct larder_err *e);
 
+/* Add to an LARDER_ENOTFOUND what a reference with a slash may have been meant as. Returns rc. */
+int cli_hint_namespace(int rc, const char *ref, struct larder_err *e);
+
 /* CLI_USAGE with a message. */
 int cli_usage(struct larder_err *e, const char *fmt, ...) LARDER_PRINTF(2, 3);
 

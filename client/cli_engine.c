@@ -93,12 +93,53 @@ static char *find_engine(void)
     return cli_text(ENGINE);
 }
 
-static void engine_options(struct engine *en, const struct cli *c)
+/* A model, and what the daemon's configuration says of it; strings are owned or NULL. */
+struct engine_model {
+    char *path, *tmpl, *policy, *backend, *dtype;
+};
+
+static void engine_model_done(struct engine_model *m)
+{
+    mem_free(m->path);
+    mem_free(m->tmpl);
+    mem_free(m->policy);
+    mem_free(m->backend);
+    mem_free(m->dtype);
+}
+
+/* The command line's word, else the configuration's unless that is "auto", else none. */
+static char *choose(const char *given, const json_t *model, const char *key)
+{
+    const char *configured = model ? cli_str(model, key) : "";
+
+    if (given)
+        return cli_text("%s", given);
+    return *configured && strcmp(configured, "auto") ? cli_text("%s", configured) : NULL;
+}
+
+static int find_model(struct cli *c, const char *name, struct engine_model *ret,
+                      struct larder_err *e)
+{
+    json_t *m = NULL;
+    int rc = cli_model_path(c, name, &ret->path, &m, e);
+
+    if (rc)
+        return rc;
+    ret->tmpl = choose(c->opt[OPT_TEMPLATE], m, "template");
+    ret->policy = choose(c->opt[OPT_POLICY], m, "policy");
+    ret->backend = choose(c->opt[OPT_BACKEND], m, "backend");
+    /* The configured type belongs to the configured backend. */
+    ret->dtype = choose(c->opt[OPT_DTYPE], c->opt[OPT_BACKEND] ? NULL : m, "dtype");
+    json_decref(m);
+    return 0;
+}
+
+static void engine_options(struct engine *en, const struct cli *c, const struct engine_model *m)
 {
     add_option(en, "--max-new", c->opt[OPT_MAX_NEW]);
     add_option(en, "--ignore-eos", c->opt[OPT_IGNORE_EOS]);
-    add_option(en, "--dtype", c->opt[OPT_DTYPE]);
-    add_option(en, "--backend", c->opt[OPT_BACKEND]);
+    add_option(en, "--dtype", m->dtype);
+    add_option(en, "--backend", m->backend);
     add_option(en, "--threads", c->opt[OPT_THREADS]);
     add_option(en, "--json", c->opt[OPT_JSON]);
 }
@@ -196,8 +237,7 @@ static int run_engine(struct engine *en, json_t **ret, struct larder_err *e)
 struct ask {
     const char *ref;      /* a stored entry, or NULL: the document is on the command line */
     const char *question; /* or NULL: --tokens */
-    char *model_path;
-    char *tmpl;
+    struct engine_model model;
     double fetch_ms; /* < 0: nothing was fetched */
     struct larder_lease lease;
 };
@@ -241,11 +281,13 @@ static int describe_entry(struct cli *c, struct ask *a, struct larder_err *e)
     if (!rc)
         rc = cli_ask_daemon(c, FRAME_SHOW, body, CLI_WORK_MS, &answer, e);
     if (rc)
-        return rc;
+        return cli_hint_namespace(rc, a->ref, e);
     en = json_object_get(answer, "entry");
-    a->tmpl = cli_text("%s", c->opt[OPT_TEMPLATE] ? c->opt[OPT_TEMPLATE] : cli_str(en, "template"));
-    rc = cli_model_path(c, c->opt[OPT_MODEL] ? c->opt[OPT_MODEL] : cli_str(en, "model"),
-                        &a->model_path, NULL, e);
+    rc = find_model(c, c->opt[OPT_MODEL] ? c->opt[OPT_MODEL] : cli_str(en, "model"), &a->model, e);
+    if (!rc && !c->opt[OPT_TEMPLATE]) {
+        mem_free(a->model.tmpl);
+        a->model.tmpl = cli_text("%s", cli_str(en, "template"));
+    }
     json_decref(answer);
     return rc;
 }
@@ -263,27 +305,6 @@ static int fetch_entry(struct cli *c, struct ask *a, struct larder_err *e)
     return rc;
 }
 
-/* Path and default template of the model that reads a document of the command line. */
-static int model_for_file(struct cli *c, char **ret_path, char **ret_tmpl, char **ret_policy,
-                          struct larder_err *e)
-{
-    const char *tmpl = c->opt[OPT_TEMPLATE], *policy = c->opt[OPT_POLICY];
-    json_t *m = NULL;
-    int rc = cli_model_path(c, c->opt[OPT_MODEL], ret_path, &m, e);
-
-    if (rc)
-        return rc;
-    if (!tmpl && m && *cli_str(m, "template"))
-        tmpl = cli_str(m, "template");
-    if (!policy && m && *cli_str(m, "policy"))
-        policy = cli_str(m, "policy");
-    *ret_tmpl = tmpl ? cli_text("%s", tmpl) : NULL;
-    if (ret_policy)
-        *ret_policy = policy ? cli_text("%s", policy) : NULL;
-    json_decref(m);
-    return 0;
-}
-
 static int ask_arguments(struct engine *en, const struct cli *c, const struct ask *a,
                          struct larder_err *e)
 {
@@ -293,16 +314,16 @@ static int ask_arguments(struct engine *en, const struct cli *c, const struct as
     snprintf(fd, sizeof fd, "%d", a->lease.fd);
     add(en, ENGINE);
     add(en, "ask");
-    add_option(en, "--model", a->model_path);
+    add_option(en, "--model", a->model.path);
     add_option(en, "--image-fd", a->ref ? fd : NULL);
     rc = add_document(en, c->opt[OPT_FILE], e);
     if (rc)
         return rc;
     add_option(en, "--doc-tokens", c->opt[OPT_DOC_TOKENS]);
     add_option(en, "--policy", c->opt[OPT_POLICY]);
-    add_option(en, "--template", a->tmpl);
+    add_option(en, "--template", a->model.tmpl);
     add_option(en, "--tokens", c->opt[OPT_QUESTION_TOKENS]);
-    engine_options(en, c);
+    engine_options(en, c, &a->model);
     if (a->question) {
         add(en, "--"); /* a question may begin with a dash */
         add(en, a->question);
@@ -335,13 +356,12 @@ int cli_ask(struct cli *c, struct larder_err *e)
     int rc = check_ask(c, &a, e);
 
     if (!rc)
-        rc = a.ref ? fetch_entry(c, &a, e) : model_for_file(c, &a.model_path, &a.tmpl, NULL, e);
+        rc = a.ref ? fetch_entry(c, &a, e) : find_model(c, c->opt[OPT_MODEL], &a.model, e);
     if (!rc)
         rc = ask_engine(c, &a, e);
     if (a.lease.fd >= 0)
         larder_release(c->conn, &a.lease, CLI_SOON_MS, NULL);
-    mem_free(a.model_path);
-    mem_free(a.tmpl);
+    engine_model_done(&a.model);
     return rc;
 }
 
@@ -350,29 +370,27 @@ int cli_ask(struct cli *c, struct larder_err *e)
 int cli_trace(struct cli *c, struct larder_err *e)
 {
     struct engine en = {.image_fd = -1, .document_fd = -1};
-    char *path = NULL, *tmpl = NULL, *policy = NULL;
+    struct engine_model m = {0};
     int rc;
 
     if (!c->opt[OPT_FILE] == !c->opt[OPT_TOKENS_FILE])
         return cli_usage(e, "trace needs one of --file and --tokens");
-    rc = model_for_file(c, &path, &tmpl, &policy, e);
-    if (!rc && !policy)
+    rc = find_model(c, c->opt[OPT_MODEL], &m, e);
+    if (!rc && !m.policy)
         rc = cli_usage(e, "trace needs --policy when --model is a file");
     if (!rc) {
         add(&en, ENGINE);
         add(&en, "trace");
-        add_option(&en, "--model", path);
+        add_option(&en, "--model", m.path);
         rc = add_document(&en, c->opt[OPT_FILE], e);
         add_option(&en, "--tokens", c->opt[OPT_TOKENS_FILE]);
-        add_option(&en, "--policy", policy);
-        add_option(&en, "--template", tmpl);
-        engine_options(&en, c);
+        add_option(&en, "--policy", m.policy);
+        add_option(&en, "--template", m.tmpl);
+        engine_options(&en, c, &m);
     }
     if (!rc)
         rc = run_engine(&en, NULL, e);
     engine_done(&en);
-    mem_free(path);
-    mem_free(tmpl);
-    mem_free(policy);
+    engine_model_done(&m);
     return rc;
 }

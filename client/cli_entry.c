@@ -23,8 +23,8 @@ static json_t *entry_body(const char *ref, struct larder_err *e)
 
 /* ---- ls */
 
-static const char *const ls_heading[] = {"NAME",  "KEY",    "MODEL",  "TOKENS",  "FULL",
-                                         "IMAGE", "STORED", "POLICY", "CREATED", "FLAGS"};
+static const char *const ls_heading[] = {"NAME",  "KEY",    "MODEL",   "TOKENS", "FULL",
+                                         "IMAGE", "STORED", "CREATED", "FLAGS",  "POLICY"};
 
 static void ls_line(const struct cli *c, struct cli_table *t, const json_t *en)
 {
@@ -37,10 +37,11 @@ static void ls_line(const struct cli *c, struct cli_table *t, const json_t *en)
     cli_table_add(t, cli_size(c, full));
     cli_table_add(t, cli_share(c, cli_num(en, "image_bytes"), full));
     cli_table_add(t, cli_share(c, cli_num(en, "stored_bytes"), full));
-    cli_table_add(t, cli_text("%s", cli_str(en, "policy")));
     cli_table_add(t, cli_time(c, cli_num(en, "created")));
-    cli_table_add(t, cli_text("%s%s", cli_true(en, "pinned") ? "pinned" : "",
-                              cli_true(en, "damaged") ? "DAMAGED" : ""));
+    cli_table_add(t, cli_text("%s", cli_true(en, "damaged")  ? "DAMAGED"
+                                    : cli_true(en, "pinned") ? "pinned"
+                                                             : "-"));
+    cli_table_add(t, cli_text("%s", cli_str(en, "policy"))); /* the longest: last */
 }
 
 /* One page after `after`; *ret is the answer. */
@@ -198,7 +199,7 @@ int cli_show(struct cli *c, struct larder_err *e)
         body = larder_body_bool(body, "tokens", true);
     rc = cli_ask_daemon(c, FRAME_SHOW, body, CLI_WORK_MS, &answer, e);
     if (rc)
-        return rc;
+        return cli_hint_namespace(rc, c->arg[0], e);
     en = json_object_get(answer, "entry");
     if (c->opt[OPT_JSON]) {
         cli_print_json(en);
@@ -228,6 +229,7 @@ static int each_entry(struct cli *c, enum frame_type type, const char *done, str
             body = larder_body_bool(body, "pin", !c->opt[OPT_OFF]);
         if (!rc)
             rc = cli_ask_daemon(c, type, body, CLI_SOON_MS, &answer, e);
+        cli_hint_namespace(rc, c->arg[i], e);
         if (rc == LARDER_ENOTFOUND || rc == LARDER_EINVAL || rc == LARDER_EBUSY) {
             cli_print_error(c->arg[i], e);
             n_failed++;
@@ -332,16 +334,35 @@ static int explain_document(const struct cli *c, struct larder_request *q, struc
     return rc;
 }
 
+/* What goes with the reason: how the stored entry differs, when it went, which job. */
+static char *reason_detail(const struct cli *c, const json_t *answer)
+{
+    if (*cli_str(answer, "have"))
+        return cli_text("%s", cli_str(answer, "have"));
+    if (cli_num(answer, "when"))
+        return cli_time(c, cli_num(answer, "when"));
+    if (cli_num(answer, "job"))
+        return cli_text(c->tty ? "job %" PRIu64 : "%" PRIu64, cli_num(answer, "job"));
+    return cli_text("%s", "");
+}
+
 static void print_reason(const struct cli *c, const json_t *answer)
 {
-    if (c->opt[OPT_JSON])
-        cli_print_json(answer);
-    else {
-        char *text = cli_text("%s", cli_str(answer, "message"));
+    char *text, *detail;
 
-        printf(c->tty ? "%s: %s\n" : "%s\t%s\n", cli_str(answer, "reason"), text);
-        mem_free(text);
+    if (c->opt[OPT_JSON]) {
+        cli_print_json(answer);
+        return;
     }
+    text = cli_text("%s", cli_str(answer, "message"));
+    detail = reason_detail(c, answer);
+    if (c->tty)
+        printf("%s: %s%s%s%s\n", cli_str(answer, "reason"), text, *detail ? " (" : "", detail,
+               *detail ? ")" : "");
+    else
+        printf("%s\t%s\t%s\n", cli_str(answer, "reason"), text, detail);
+    mem_free(text);
+    mem_free(detail);
 }
 
 int cli_explain(struct cli *c, struct larder_err *e)

@@ -181,6 +181,19 @@ int cli_ask_daemon(struct cli *c, enum frame_type type, json_t *body, int timeou
     return larder_ask_plain(c->conn, type, body, timeout_ms, ret, e);
 }
 
+int cli_hint_namespace(int rc, const char *ref, struct larder_err *e)
+{
+    const char *slash = strchr(ref, '/');
+    size_t n = strlen(e->msg);
+
+    /* The names of a directory's files have slashes of their own. */
+    if (rc == LARDER_ENOTFOUND && slash && strncmp(ref, "default/", 8))
+        snprintf(e->msg + n, sizeof e->msg - n,
+                 "; '%.*s' was taken as the namespace, in the default one it is default/%.200s",
+                 (int)(slash - ref < 60 ? slash - ref : 60), ref, ref);
+    return rc;
+}
+
 /* ---- parsing */
 
 static bool takes(const struct command_row *cmd, enum cli_opt o)

@@ -102,7 +102,7 @@ static void answer_show(int sock, const struct frame *f)
     const char *name = "";
 
     field_str(f->body, "name", FIELD_OPTIONAL, 512, &name, NULL);
-    if (!strcmp(name, "none"))
+    if (strstr(name, "none"))
         fake_send(sock, FRAME_ERROR, f->seq,
                   "{\"code\":-4,\"status\":\"LARDER_ENOTFOUND\",\"message\":\"never stored\"}", -1);
     else
@@ -122,7 +122,7 @@ static void answer_ls(int sock, const struct frame *f)
 
 #define MODEL                                                                                      \
     "{\"name\":\"m\",\"path\":\"/models/m.gguf\",\"template\":\"smollm2\","                        \
-    "\"policy\":\"asl\",\"worker\":\"stopped\"}"
+    "\"policy\":\"asl\",\"backend\":\"ref\",\"dtype\":\"auto\",\"worker\":\"stopped\"}"
 
 static void shop(int sock)
 {
@@ -156,7 +156,9 @@ static void shop(int sock)
             break;
         case FRAME_EXPLAIN:
             fake_send(sock, FRAME_OK, f.seq,
-                      "{\"reason\":\"other_policy\",\"message\":\"stored with full\"}", -1);
+                      "{\"reason\":\"other_policy\",\"message\":\"stored with full\","
+                      "\"have\":\"full\"}",
+                      -1);
             break;
         case FRAME_JOBS:
             fake_send(
@@ -365,8 +367,8 @@ static void entries_are_listed_over_pages_and_shown(void **state)
     struct env *v = *state;
 
     assert_int_equal(run(v, "ls"), 0);
-    assert_string_equal(v->out, "d/one\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n"
-                                "d/two\t" KEY "\tm\t9\t2097152\t1048576\t40\tfull\t5\tpinned\n");
+    assert_string_equal(v->out, "d/one\t" KEY "\tm\t9\t2097152\t1048576\t40\t5\tpinned\tfull\n"
+                                "d/two\t" KEY "\tm\t9\t2097152\t1048576\t40\t5\tpinned\tfull\n");
     assert_int_equal(run(v, "ls --json"), 0);
     assert_int_equal(strncmp(v->out, "{\"entries\":[{\"key\":\"aaaa", 22), 0);
     assert_int_equal(run(v, "show x"), 0);
@@ -387,6 +389,8 @@ static void one_failed_entry_does_not_stop_the_others(void **state)
 {
     struct env *v = *state;
 
+    assert_int_equal(run(v, "show none/none"), 1);
+    assert_non_null(strstr(v->err, "in the default one it is default/none/none"));
     assert_int_equal(run(v, "rm x none ../x y"), 1);
     assert_string_equal(v->out, "removed\tx\t0\nremoved\ty\t0\n");
     assert_non_null(strstr(v->err, "larder: none: never stored (LARDER_ENOTFOUND)\n"));
@@ -410,7 +414,7 @@ static void misses_jobs_models_and_status_are_told(void **state)
 
     put_file(v, "doc", "hello");
     assert_int_equal(run(v, "explain-miss --file doc"), 0);
-    assert_string_equal(v->out, "other_policy\tstored with full\n");
+    assert_string_equal(v->out, "other_policy\tstored with full\tfull\n");
     assert_int_equal(run(v, "explain-miss x --file doc"), 2);
     assert_int_equal(run(v, "explain-miss"), 2);
     assert_int_equal(run(v, "jobs"), 0);
@@ -419,7 +423,7 @@ static void misses_jobs_models_and_status_are_told(void **state)
     assert_string_equal(v->out, "3\tcanceled\n");
     assert_int_equal(run(v, "cancel -- -3"), 2);
     assert_int_equal(run(v, "models"), 0);
-    assert_string_equal(v->out, "m\tsmollm2\t\t\t-\tstopped\tasl\t/models/m.gguf\n");
+    assert_string_equal(v->out, "m\tsmollm2\tref\tauto\t-\tstopped\tasl\t/models/m.gguf\n");
     assert_int_equal(run(v, "status"), 0);
     assert_non_null(strstr(v->out, "larderd\t1, process 7\n"));
     assert_int_equal(run(v, "status --json"), 0);
@@ -436,15 +440,15 @@ static void ask_hands_the_image_to_the_engine_beside_it(void **state)
     assert_string_equal(v->out, "42\n");
     slurp(v, "args", args, sizeof args);
     assert_non_null(strstr(args, "ask|--model|/models/m.gguf|--image-fd|"));
-    assert_non_null(strstr(args, "|--template|t?[31m|--max-new|5|--|why not?|"));
+    assert_non_null(strstr(args, "|--template|t?[31m|--max-new|5|--backend|ref|--|why not?|"));
     slurp(v, "magic", args, sizeof args);
     assert_string_equal(args, "LARDERIM");
     assert_int_equal(run(v, "ask x 'why?' --json"), 0);
     assert_int_equal(strncmp(v->out, "{\"text\":\"42\",\"ttft_ms\":1.5,\"fetch_ms\":", 38), 0);
     assert_int_equal(run(v, "ask --file doc -- --what"), 0);
     slurp(v, "args", args, sizeof args);
-    assert_string_equal(args,
-                        "ask|--model|/models/m.gguf|--file|doc|--template|smollm2|--|--what|");
+    assert_string_equal(
+        args, "ask|--model|/models/m.gguf|--file|doc|--template|smollm2|--backend|ref|--|--what|");
     assert_int_equal(run(v, "ask --file - q < doc"), 0);
     slurp(v, "args", args, sizeof args);
     assert_non_null(strstr(args, "|--file|/proc/self/fd/"));
@@ -479,7 +483,7 @@ static void trace_passes_the_model_and_its_policy(void **state)
     assert_string_equal(v->out, "{\"sel_layer\":null}\n");
     slurp(v, "args", args, sizeof args);
     assert_string_equal(args, "trace|--model|/models/m.gguf|--file|doc|--policy|asl|--template|"
-                              "smollm2|--dtype|f32|--json|");
+                              "smollm2|--dtype|f32|--backend|ref|--json|");
     assert_int_equal(run(v, "trace --file doc --model a.gguf"), 2);
     assert_int_equal(run(v, "trace --file doc --tokens doc --policy full"), 2);
 }
