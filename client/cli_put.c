@@ -179,7 +179,8 @@ static int settle_oldest(struct put_run *r, struct larder_err *e)
     if (!rc)
         tell_finished(r, name, &job);
     else
-        larder_fail_in(e, rc, "waiting for job %" PRIu64 " (%s)", id, name);
+        larder_fail_in(e, rc, "%s is queued as job %" PRIu64 " and goes on with larderd, but", name,
+                       id);
     mem_free(name);
     return rc;
 }
