@@ -881,7 +881,9 @@ static void program_path(const struct daemon *d, char *out, size_t cap)
 
 static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int err_fd)
 {
-    char program[4096], model[4600], known[700], threads[24], hex[65], *argv[20];
+    static const char *const fixed[] = {"worker", "--fd", "3", "--model"};
+    char program[4096], model[4600], known[700], threads[24], hex[65];
+    const char *argv[20];
     const struct config_model *c = m->conf;
     posix_spawn_file_actions_t fa;
     pid_t pid = -1;
@@ -895,28 +897,26 @@ static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int 
     snprintf(known, sizeof known, "%s=%llu:%llu:%llu:%llu:%s", c->name, (unsigned long long)m->dev,
              (unsigned long long)m->ino, (unsigned long long)m->size, (unsigned long long)m->mtime_ns, hex);
     argv[n++] = program;
-    argv[n++] = (char[]){"worker"};
-    argv[n++] = (char[]){"--fd"};
-    argv[n++] = (char[]){"3"};
-    argv[n++] = (char[]){"--model"};
+    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
+        argv[n++] = fixed[i];
     argv[n++] = model;
-    argv[n++] = (char[]){"--backend"};
+    argv[n++] = "--backend";
     argv[n++] = c->backend;
-    argv[n++] = (char[]){"--dtype"};
+    argv[n++] = "--dtype";
     argv[n++] = c->dtype;
     if (c->threads) {
-        argv[n++] = (char[]){"--threads"};
+        argv[n++] = "--threads";
         argv[n++] = threads;
     }
     if (m->size && same_file(m)) {
-        argv[n++] = (char[]){"--known"};
+        argv[n++] = "--known";
         argv[n++] = known;
     }
     argv[n] = NULL;
     posix_spawn_file_actions_init(&fa);
     posix_spawn_file_actions_adddup2(&fa, err_fd, STDERR_FILENO);
     posix_spawn_file_actions_adddup2(&fa, sock, WORKER_FD);
-    rc = posix_spawnp(&pid, program, &fa, NULL, argv, environ);
+    rc = posix_spawnp(&pid, program, &fa, NULL, (char *const *)(uintptr_t)argv, environ);
     posix_spawn_file_actions_destroy(&fa);
     if (rc) {
         log_line(LOG_LEVEL_ERROR, "cannot start %s: %s", program, strerror(rc));

@@ -1,0 +1,101 @@
+/* cpu.h - private to backend `cpu`: packed matrices, row kernels, attention kernels.
+ *
+ * Threads    Kernels are called by pool items; each item has a worker number and with it
+ *            scratch of its own. Block sizes are fixed, so results do not depend on threads.
+ * Errors     LARDER_EBACKEND when oneDNN refuses, LARDER_ENOMEM.
+ */
+#ifndef LARDER_CPU_H
+#define LARDER_CPU_H
+
+#include <dnnl.h>
+
+#include "pool.h"
+#include "ref.h"
+
+#define CPU_ROWS 128u       /* rows of a pipeline item: its activations stay in L2 */
+#define CPU_MAX_SHAPES 256u /* primitives kept */
+
+/* W [n_out][n_in] in oneDNN's own layout. */
+struct cpu_matrix {
+    uint32_t n_in, n_out;
+    dnnl_memory_t packed;
+};
+
+/* A product for one number of rows, created on first use and kept. */
+struct cpu_shape {
+    uint32_t m, n_in, n_out;
+    bool bf16_out, add; /* result in bf16; added to what is there */
+    dnnl_primitive_t primitive;
+    dnnl_memory_desc_t src, dst, scratch;
+    dnnl_memory_desc_t weights;
+};
+
+struct cpu_backend {
+    struct ref_backend ref; /* its f32 attention serves dtype f32; first, so that it is one */
+    struct thread_pool *pool;
+    dnnl_engine_t engine;
+    dnnl_stream_t stream;
+    struct cpu_shape shape[CPU_MAX_SHAPES];
+    uint32_t n_shapes;
+    uint32_t *rope_pos; /* the table is for these positions */
+    uint32_t n_rope, cap_rope;
+    float *rope; /* [n_rope][2][head_dim / 2]: cos, sin */
+};
+
+static inline struct cpu_backend *cpu_of(struct backend *b)
+{
+    return (struct cpu_backend *)b;
+}
+
+/* ---- cpu_gemm.c */
+int cpu_gemm_open(struct cpu_backend *b, struct larder_err *e);
+void cpu_gemm_close(struct cpu_backend *b);
+
+/* Pack rows from a plain [n_out][n_in] buffer of the backend's element type. */
+int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *plain, struct larder_err *e);
+void cpu_matrix_done(struct cpu_matrix *w);
+
+/* Make sure the product of m rows exists; not from pool items. *ret is borrowed. */
+int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m, bool bf16_out,
+                  bool add, const struct cpu_shape **ret, struct larder_err *e);
+size_t cpu_shape_scratch(const struct cpu_shape *s);
+
+/* dst[m][n_out] (+)= src[m][n_in] W^T; rows dense. From any pool item; 0 or -1. */
+int cpu_multiply(struct cpu_backend *b, const struct cpu_shape *s, const struct cpu_matrix *w,
+                 const void *src, void *dst, void *scratch);
+
+/* ---- cpu_rows.c: vectorised row kernels */
+void cpu_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *out);
+void cpu_rmsnorm_bf16(const float *x, const float *w, uint32_t n, double eps, uint16_t *out);
+void cpu_to_bf16(const float *x, uint64_t n, uint16_t *out);
+void cpu_to_f32(const uint16_t *x, uint64_t n, float *out);
+/* Rotate-half; cs: cos [d / 2], sin [d / 2]. */
+void cpu_rope(const float *x, const float *cs, uint32_t d, float *out);
+/* row: gate[n_ff], up[n_ff] -> out[n_ff] = silu(gate) * up */
+void cpu_swiglu(const float *row, uint32_t n_ff, float *out);
+void cpu_swiglu_bf16(const uint16_t *row, uint32_t n_ff, uint16_t *out);
+/* x[i] = exp(x[i] - max), sum returned; x[i] for i >= n are set to 0 up to `wide`. */
+float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max);
+float cpu_max(const float *x, uint32_t n);
+
+/* ---- cpu_attend_avx512bf16.c: causal attention in bf16 (needs AVX-512-BF16) */
+#define CPU_ATTEND_Q 48u  /* query rows of an item */
+#define CPU_ATTEND_K 256u /* keys of a step */
+
+/* Bytes of a packed KV head of n rows, and of an item's scratch. */
+uint64_t cpu_attend_pack_bytes(uint32_t n, uint32_t d);
+uint64_t cpu_attend_scratch_bytes(uint32_t d);
+/* Pack K and V [n][d] of one KV head. */
+void cpu_attend_pack(const uint16_t *k, const uint16_t *v, uint32_t n, uint32_t d, uint8_t *packed);
+/* o rows of query rows row .. row+rows-1 of one query head; q: [..][d], o: row stride o_stride. */
+void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint32_t d, uint32_t row,
+                     uint32_t rows, uint16_t *o, uint64_t o_stride, uint8_t *scratch);
+
+/* ---- cpu_score.c: window mass, resumed rows, single dot products */
+/* rows[at .. at + n) · x, rows of the given type. */
+float cpu_dot(const void *rows, enum kv_dtype t, uint64_t at, const float *x, uint32_t n);
+int cpu_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
+               uint32_t w, float *mass, struct larder_err *e);
+int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e);
+
+#endif
