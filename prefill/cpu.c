@@ -330,8 +330,8 @@ static void qkv_item(void *arg, uint32_t item, uint32_t worker)
 }
 
 /* Products for blocks of CPU_ROWS and for the rest; scratch for all of them. */
-static int plan(struct work *w, const struct cpu_matrix *const *m, const bool *bf16_out, const bool *add,
-                int n_products, struct larder_err *e)
+static int plan(struct work *w, const struct cpu_matrix *const *m, const bool *add, int n_products,
+                struct larder_err *e)
 {
     uint32_t rest = w->n % CPU_ROWS;
     size_t scratch = 64;
@@ -339,9 +339,9 @@ static int plan(struct work *w, const struct cpu_matrix *const *m, const bool *b
 
     for (int i = 0; !rc && i < n_products; i++) {
         if (w->n >= CPU_ROWS)
-            rc = cpu_shape_get(w->b, m[i], CPU_ROWS, bf16_out[i], add[i], &w->shape[0][i], e);
+            rc = cpu_shape_get(w->b, m[i], CPU_ROWS, add[i], &w->shape[0][i], e);
         if (!rc && rest)
-            rc = cpu_shape_get(w->b, m[i], rest, bf16_out[i], add[i], &w->shape[1][i], e);
+            rc = cpu_shape_get(w->b, m[i], rest, add[i], &w->shape[1][i], e);
         for (int k = 0; !rc && k < 2; k++)
             if (w->shape[k][i] && cpu_shape_scratch(w->shape[k][i]) > scratch)
                 scratch = cpu_shape_scratch(w->shape[k][i]);
@@ -372,21 +372,21 @@ static int cpu_qkv(struct backend *b, const struct layer *layer, const float *hi
     w.x_bytes = ((uint64_t)block * b->p->n_hidden * elem_bytes(b) + 63) & ~63ull;
     w.y_bytes = ((uint64_t)block * w.l->qkv.n_out * sizeof(float) + 63) & ~63ull;
     if (!rc)
-        rc = plan(&w, (const struct cpu_matrix *const[]){&w.l->qkv}, (const bool[]){false}, (const bool[]){false}, 1, e);
+        rc = plan(&w, (const struct cpu_matrix *const[]){&w.l->qkv}, (const bool[]){false}, 1, e);
     return rc ? rc : finish_work(&w, qkv_item, e);
 }
 
 /* ---- finish */
 
-static void swiglu(const struct backend *b, const uint8_t *y, uint32_t rows, uint8_t *x)
+static void swiglu(const struct backend *b, const float *y, uint32_t rows, uint8_t *x)
 {
     uint64_t ff = b->p->n_ff;
 
     for (uint64_t i = 0; i < rows; i++) {
         if (b->elem == KV_BF16)
-            cpu_swiglu_bf16((const uint16_t *)y + i * 2 * ff, (uint32_t)ff, (uint16_t *)x + i * ff);
+            cpu_swiglu_bf16(y + i * 2 * ff, (uint32_t)ff, (uint16_t *)x + i * ff);
         else
-            cpu_swiglu((const float *)y + i * 2 * ff, (uint32_t)ff, (float *)x + i * ff);
+            cpu_swiglu(y + i * 2 * ff, (uint32_t)ff, (float *)x + i * ff);
     }
 }
 
@@ -402,7 +402,7 @@ static void finish_item(void *arg, uint32_t item, uint32_t worker)
 
     normalise(b, h, w->l->ffn_norm, rows, x);
     bad |= cpu_multiply(w->b, shape_for(w, rows, 1), &w->l->gate_up, x, y, scratch);
-    swiglu(b, y, rows, x);
+    swiglu(b, (const float *)(const void *)y, rows, x);
     bad |= cpu_multiply(w->b, shape_for(w, rows, 2), &w->l->down, x, h, scratch);
     if (bad)
         atomic_store(&w->failed, 1);
@@ -413,14 +413,13 @@ static int cpu_finish(struct backend *b, const struct layer *layer, float *hidde
 {
     struct work w = {.b = cpu_of(b), .l = layer_of(layer), .hidden = hidden, .attended = o, .n = n};
     const struct cpu_matrix *const m[3] = {&w.l->o, &w.l->gate_up, &w.l->down};
-    bool half = b->elem == KV_BF16;
     uint32_t block = n < CPU_ROWS ? n : CPU_ROWS;
     uint32_t wide = b->p->n_ff > b->p->n_hidden ? b->p->n_ff : b->p->n_hidden;
     int rc;
 
     w.x_bytes = ((uint64_t)block * wide * elem_bytes(b) + 63) & ~63ull;
-    w.y_bytes = ((uint64_t)block * 2 * b->p->n_ff * elem_bytes(b) + 63) & ~63ull;
-    rc = plan(&w, m, (const bool[]){false, half, false}, (const bool[]){true, false, true}, 3, e);
+    w.y_bytes = ((uint64_t)block * 2 * b->p->n_ff * sizeof(float) + 63) & ~63ull;
+    rc = plan(&w, m, (const bool[]){true, false, true}, 3, e);
     return rc ? rc : finish_work(&w, finish_item, e);
 }
 

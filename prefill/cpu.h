@@ -24,7 +24,7 @@ struct cpu_matrix {
 /* A product for one number of rows, created on first use and kept. */
 struct cpu_shape {
     uint32_t m, n_in, n_out;
-    bool bf16_out, add; /* result in bf16; added to what is there */
+    bool add; /* to what is there */
     dnnl_primitive_t primitive;
     dnnl_memory_desc_t src, dst, scratch;
     dnnl_memory_desc_t weights;
@@ -56,8 +56,8 @@ int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *pla
 void cpu_matrix_done(struct cpu_matrix *w);
 
 /* Make sure the product of m rows exists; not from pool items. *ret is borrowed. */
-int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m, bool bf16_out,
-                  bool add, const struct cpu_shape **ret, struct larder_err *e);
+int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m, bool add,
+                  const struct cpu_shape **ret, struct larder_err *e);
 size_t cpu_shape_scratch(const struct cpu_shape *s);
 
 /* dst[m][n_out] (+)= src[m][n_in] W^T; rows dense. From any pool item; 0 or -1. */
@@ -73,7 +73,7 @@ void cpu_to_f32(const uint16_t *x, uint64_t n, float *out);
 void cpu_rope(const float *x, const float *cs, uint32_t d, float *out);
 /* row: gate[n_ff], up[n_ff] -> out[n_ff] = silu(gate) * up */
 void cpu_swiglu(const float *row, uint32_t n_ff, float *out);
-void cpu_swiglu_bf16(const uint16_t *row, uint32_t n_ff, uint16_t *out);
+void cpu_swiglu_bf16(const float *row, uint32_t n_ff, uint16_t *out);
 /* x[i] = exp(x[i] - max), sum returned; x[i] for i >= n are set to 0 up to `wide`. */
 float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max);
 float cpu_max(const float *x, uint32_t n);

@@ -46,7 +46,7 @@ static dnnl_status_t describe(struct cpu_shape *s, dnnl_data_type_t elem)
     dnnl_dims_t src = {s->m, s->n_in}, dst = {s->m, s->n_out};
     dnnl_status_t rc = dnnl_memory_desc_init_by_tag(&s->src, 2, src, elem, dnnl_ab);
 
-    return rc ? rc : dnnl_memory_desc_init_by_tag(&s->dst, 2, dst, s->bf16_out ? dnnl_bf16 : dnnl_f32, dnnl_ab);
+    return rc ? rc : dnnl_memory_desc_init_by_tag(&s->dst, 2, dst, dnnl_f32, dnnl_ab);
 }
 
 static dnnl_status_t attributes(const struct cpu_shape *s, dnnl_primitive_attr_t *ret)
@@ -91,8 +91,8 @@ static dnnl_status_t make(struct cpu_backend *b, struct cpu_shape *s, const dnnl
     return rc;
 }
 
-int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m, bool bf16_out,
-                  bool add, const struct cpu_shape **ret, struct larder_err *e)
+int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m, bool add,
+                  const struct cpu_shape **ret, struct larder_err *e)
 {
     const dnnl_memory_desc_t *weights;
     struct cpu_shape *s;
@@ -100,7 +100,7 @@ int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m,
 
     for (uint32_t i = 0; i < b->n_shapes; i++) {
         s = &b->shape[i];
-        if (s->m == m && s->n_in == w->n_in && s->n_out == w->n_out && s->bf16_out == bf16_out && s->add == add) {
+        if (s->m == m && s->n_in == w->n_in && s->n_out == w->n_out && s->add == add) {
             *ret = s;
             return 0;
         }
@@ -109,7 +109,7 @@ int cpu_shape_get(struct cpu_backend *b, const struct cpu_matrix *w, uint32_t m,
         while (b->n_shapes)
             dnnl_primitive_destroy(b->shape[--b->n_shapes].primitive);
     s = &b->shape[b->n_shapes];
-    *s = (struct cpu_shape){.m = m, .n_in = w->n_in, .n_out = w->n_out, .bf16_out = bf16_out, .add = add};
+    *s = (struct cpu_shape){.m = m, .n_in = w->n_in, .n_out = w->n_out, .add = add};
     rc = dnnl_memory_get_memory_desc(w->packed, &weights);
     if (!rc)
         rc = make(b, s, weights);

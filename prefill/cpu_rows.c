@@ -121,10 +121,10 @@ FAST void cpu_swiglu(const float *row, uint32_t n_ff, float *out)
         out[i] = silu(row[i]) * row[n_ff + i];
 }
 
-FAST void cpu_swiglu_bf16(const uint16_t *row, uint32_t n_ff, uint16_t *out)
+FAST void cpu_swiglu_bf16(const float *row, uint32_t n_ff, uint16_t *out)
 {
     for (uint32_t i = 0; i < n_ff; i++)
-        out[i] = round_bf16(silu(bf16_to_f32(row[i])) * bf16_to_f32(row[n_ff + i]));
+        out[i] = round_bf16(silu(row[i]) * row[n_ff + i]);
 }
 
 FAST float cpu_max(const float *x, uint32_t n)
