@@ -39,7 +39,8 @@ class Worker:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [program, "worker", "--fd", str(theirs.fileno()), "--model", "m=" + model] + options,
+                [program, "worker", "--fd", str(theirs.fileno()), "--model", "m=" + model]
+                + options,
                 pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
         kind, self.hello, _ = self.recv()
         assert kind == W_HELLO
