@@ -65,7 +65,7 @@ obj = $(patsubst %.c,$(B)/%.o,$1)
 
 PREFILL_MAIN := $(wildcard prefill/main*.c)
 CLI_SRC      := $(wildcard client/cli*.c)
-DAEMON_MAIN  := $(wildcard daemon/main.c)
+DAEMON_MAIN  := $(wildcard daemon/larderd.c)
 
 SRC_base    := $(call src,base)
 SRC_store   := $(call src,store)

@@ -41,19 +41,23 @@ static const struct key top_keys[] = {
      "socket for prefill workers that larderd does not start itself"},
     {"worker_program", STRING, TOP(worker_program), 0, 0, "",
      "larder-prefill to start; empty: beside larderd, then ../bin"},
-    {"worker_idle", SECONDS, TOP(worker_idle_s), 1, 86400, "60s", "end a worker without a job after"},
+    {"worker_idle", SECONDS, TOP(worker_idle_s), 1, 86400, "60s",
+     "end a worker without a job after"},
     {"worker_timeout", SECONDS, TOP(worker_timeout_s), 1, 86400, "10m",
      "kill a worker that says nothing during a job for"},
-    {"worker_nice", COUNT, TOP(worker_nice), 0, 19, "5", "nice level of workers: decoders come first"},
+    {"worker_nice", COUNT, TOP(worker_nice), 0, 19, "5",
+     "nice level of workers: decoders come first"},
     {"image_cache_bytes", BYTES, TOP(image_cache_bytes), 0, 1ull << 46, "1G",
      "decoded images kept in memory without a lease"},
     {"prepared_files", COUNT, TOP(prepared_files), 0, 16, "2", "fresh memory files kept ready"},
     {"prepared_bytes", BYTES, TOP(prepared_bytes), 1 << 16, 1ull << 36, "64M", "size of each"},
     {"max_clients", COUNT, TOP(max_clients), 1, 65536, "256", "connections at a time"},
-    {"max_in_flight", COUNT, TOP(max_in_flight), 1, 1024, "32", "unanswered requests of a connection"},
+    {"max_in_flight", COUNT, TOP(max_in_flight), 1, 1024, "32",
+     "unanswered requests of a connection"},
     {"max_queued_frames", COUNT, TOP(max_queued_frames), 4, 65536, "256",
      "answers a client may leave unread before it is disconnected"},
-    {"max_document_bytes", BYTES, TOP(max_document_bytes), 1, 1ull << 32, "64M", "size of a document"},
+    {"max_document_bytes", BYTES, TOP(max_document_bytes), 1, 1ull << 32, "64M",
+     "size of a document"},
     {"max_jobs", COUNT, TOP(max_jobs), 1, 1000000, "10000", "jobs waiting at a time"},
 };
 
@@ -61,17 +65,20 @@ static const struct key top_keys[] = {
 static const struct key model_keys[] = {
     {"path", STRING, MODEL(path), 0, 0, "", "the model file (GGUF)"},
     {"backend", STRING, MODEL(backend), 0, 0, "cpu", "cpu or ref"},
-    {"dtype", STRING, MODEL(dtype), 0, 0, "auto", "auto (bf16 where the processor has it, else f32), bf16 or f32"},
+    {"dtype", STRING, MODEL(dtype), 0, 0, "auto",
+     "auto (bf16 where the processor has it, else f32), bf16 or f32"},
     {"threads", COUNT, MODEL(threads), 0, 1024, "0", "threads of its worker; 0: one per processor"},
     {"policy", STRING, MODEL(policy), 0, 0, "asl", "pruning policy where a client names none"},
-    {"template", STRING, MODEL(template), 0, 0, "auto", "chat template; auto: as the model file says"},
+    {"template", STRING, MODEL(template), 0, 0, "auto",
+     "chat template; auto: as the model file says"},
 };
 
 #define N(table) (sizeof table / sizeof table[0])
 
 /* ---- values */
 
-static int bad(const char *where, const struct key *k, const char *v, const char *want, struct larder_err *e)
+static int bad(const char *where, const struct key *k, const char *v, const char *want,
+               struct larder_err *e)
 {
     return larder_fail(e, LARDER_ECONFIG, "%s: %s = %.60s: expected %s", where, k->name, v, want);
 }
@@ -83,10 +90,10 @@ static uint64_t unit_of(enum kind kind, const char *u)
         enum kind kind;
         const char *name;
         uint64_t factor;
-    } units[] = {{BYTES, "", 1}, {BYTES, "K", 1ull << 10}, {BYTES, "M", 1ull << 20},
+    } units[] = {{BYTES, "", 1},           {BYTES, "K", 1ull << 10}, {BYTES, "M", 1ull << 20},
                  {BYTES, "G", 1ull << 30}, {BYTES, "T", 1ull << 40}, {SECONDS, "", 1},
-                 {SECONDS, "s", 1}, {SECONDS, "m", 60}, {SECONDS, "min", 60}, {SECONDS, "h", 3600},
-                 {COUNT, "", 1}, {OCTAL, "", 1}};
+                 {SECONDS, "s", 1},        {SECONDS, "m", 60},       {SECONDS, "min", 60},
+                 {SECONDS, "h", 3600},     {COUNT, "", 1},           {OCTAL, "", 1}};
 
     for (size_t i = 0; i < N(units); i++)
         if (units[i].kind == kind && !strcmp(units[i].name, u))
@@ -94,7 +101,8 @@ static uint64_t unit_of(enum kind kind, const char *u)
     return 0;
 }
 
-static int set_number(const struct key *k, uint64_t *to, const char *v, const char *where, struct larder_err *e)
+static int set_number(const struct key *k, uint64_t *to, const char *v, const char *where,
+                      struct larder_err *e)
 {
     unsigned long long n;
     uint64_t factor;
@@ -104,16 +112,20 @@ static int set_number(const struct key *k, uint64_t *to, const char *v, const ch
     n = isdigit((unsigned char)*v) ? strtoull(v, &end, k->kind == OCTAL ? 8 : 10) : 0;
     factor = isdigit((unsigned char)*v) ? unit_of(k->kind, end) : 0;
     if (!factor || errno || n > UINT64_MAX / factor)
-        return bad(where, k, v, k->kind == BYTES ? "a size such as 512M or 20G"
-                               : k->kind == SECONDS ? "a time such as 30s or 10m" : "a number", e);
+        return bad(where, k, v,
+                   k->kind == BYTES     ? "a size such as 512M or 20G"
+                   : k->kind == SECONDS ? "a time such as 30s or 10m"
+                                        : "a number",
+                   e);
     if (n * factor < k->min || n * factor > k->max)
-        return larder_fail(e, LARDER_ECONFIG, "%s: %s = %.60s is out of range: %llu to %llu", where, k->name, v,
-                           (unsigned long long)k->min, (unsigned long long)k->max);
+        return larder_fail(e, LARDER_ECONFIG, "%s: %s = %.60s is out of range: %llu to %llu", where,
+                           k->name, v, (unsigned long long)k->min, (unsigned long long)k->max);
     *to = n * factor;
     return 0;
 }
 
-static int set_value(const struct key *k, void *base, const char *v, const char *where, struct larder_err *e)
+static int set_value(const struct key *k, void *base, const char *v, const char *where,
+                     struct larder_err *e)
 {
     void *to = (char *)base + k->offset;
     char *copy;
@@ -188,14 +200,15 @@ const struct config_model *config_find_model(const struct config *c, const char 
     return NULL;
 }
 
-static int new_model(struct config *c, const char *name, const char *where, struct config_model **ret,
-                     struct larder_err *e)
+static int new_model(struct config *c, const char *name, const char *where,
+                     struct config_model **ret, struct larder_err *e)
 {
     struct config_model *m;
     int rc;
 
     if (!name_is_namespace(name))
-        return larder_fail(e, LARDER_ECONFIG, "%s: '%.60s' is no model name: use letters, digits, . _ -", where, name);
+        return larder_fail(e, LARDER_ECONFIG,
+                           "%s: '%.60s' is no model name: use letters, digits, . _ -", where, name);
     if (config_find_model(c, name))
         return larder_fail(e, LARDER_ECONFIG, "%s: model %s is configured twice", where, name);
     if (c->n_models == CONFIG_MAX_MODELS)
@@ -214,9 +227,11 @@ static int new_namespace(struct config *c, const char *name, const char *where,
                          struct config_namespace **ret, struct larder_err *e)
 {
     if (!name_is_namespace(name))
-        return larder_fail(e, LARDER_ECONFIG, "%s: '%.60s' is no namespace: use letters, digits, . _ -", where, name);
+        return larder_fail(e, LARDER_ECONFIG,
+                           "%s: '%.60s' is no namespace: use letters, digits, . _ -", where, name);
     if (c->n_ns == CONFIG_MAX_NAMESPACES)
-        return larder_fail(e, LARDER_ECONFIG, "%s: more than %u namespaces", where, CONFIG_MAX_NAMESPACES);
+        return larder_fail(e, LARDER_ECONFIG, "%s: more than %u namespaces", where,
+                           CONFIG_MAX_NAMESPACES);
     *ret = &c->ns[c->n_ns];
     (*ret)->name = mem_strdup(name);
     if (!(*ret)->name)
@@ -236,7 +251,8 @@ static int add_id(struct config_namespace *n, bool is_user, const char *who, con
     char *end;
 
     if (*count == CONFIG_MAX_IDS)
-        return larder_fail(e, LARDER_ECONFIG, "%s: more than %u in one list", where, CONFIG_MAX_IDS);
+        return larder_fail(e, LARDER_ECONFIG, "%s: more than %u in one list", where,
+                           CONFIG_MAX_IDS);
     if (!pw && !gr) {
         id = strtoul(who, &end, 10);
         if (!isdigit((unsigned char)*who) || *end)
@@ -258,7 +274,8 @@ static int set_members(struct config_namespace *n, const char *key, char *v, con
     int rc = 0;
 
     if (!users && strcmp(key, "groups"))
-        return larder_fail(e, LARDER_ECONFIG, "%s: a namespace has users and groups, not '%.60s'", where, key);
+        return larder_fail(e, LARDER_ECONFIG, "%s: a namespace has users and groups, not '%.60s'",
+                           where, key);
     for (char *w = strtok_r(v, ", \t", &save); !rc && w; w = strtok_r(NULL, ", \t", &save))
         rc = add_id(n, users, w, where, e);
     return rc;
@@ -318,7 +335,9 @@ static int assign(struct parser *p, char *line, struct larder_err *e)
         return set_members(p->ns, key, v, p->where, e);
     k = p->model ? find_key(model_keys, N(model_keys), key) : find_key(top_keys, N(top_keys), key);
     if (!k)
-        return larder_fail(e, LARDER_ECONFIG, "%s: unknown key '%.60s'; larderd --dump-config lists all", p->where, key);
+        return larder_fail(e, LARDER_ECONFIG,
+                           "%s: unknown key '%.60s'; larderd --dump-config lists all", p->where,
+                           key);
     return set_value(k, p->model ? (void *)p->model : (void *)p->c, v, p->where, e);
 }
 
@@ -330,7 +349,8 @@ static int open_section(struct parser *p, char *line, struct larder_err *e)
     name = kind ? strtok_r(NULL, " \t", &save) : NULL;
     brace = name ? strtok_r(NULL, " \t", &save) : NULL;
     if (!brace || strcmp(brace, "{") || p->model || p->ns)
-        return larder_fail(e, LARDER_ECONFIG, "%s: expected 'model NAME {' or 'namespace NAME {'", p->where);
+        return larder_fail(e, LARDER_ECONFIG, "%s: expected 'model NAME {' or 'namespace NAME {'",
+                           p->where);
     if (!strcmp(kind, "model"))
         return new_model(p->c, name, p->where, &p->model, e);
     if (!strcmp(kind, "namespace"))
@@ -349,7 +369,8 @@ static int read_line(struct parser *p, char *line, struct larder_err *e)
         if (!p->model && !p->ns)
             return larder_fail(e, LARDER_ECONFIG, "%s: '}' closes nothing", p->where);
         if (p->model && !*p->model->path)
-            return larder_fail(e, LARDER_ECONFIG, "%s: model %s has no path", p->where, p->model->name);
+            return larder_fail(e, LARDER_ECONFIG, "%s: model %s has no path", p->where,
+                               p->model->name);
         p->model = NULL;
         p->ns = NULL;
         return 0;
@@ -432,7 +453,9 @@ static void print_value(const struct key *k, const void *base, FILE *out)
             unit++;
         }
         fprintf(out, "%llu%s\n", (unsigned long long)v,
-                k->kind == SECONDS ? "s" : unit ? (const char *[]){"", "K", "M", "G", "T"}[unit] : "");
+                k->kind == SECONDS ? "s"
+                : unit             ? (const char *[]){"", "K", "M", "G", "T"}[unit]
+                                   : "");
     }
     }
 }

@@ -144,7 +144,7 @@ struct job {
     uint64_t id;
     enum job_state state;
     char *ns, *model, *policy, *template; /* as asked; template NULL: the model's */
-    char **name; /* without namespace */
+    char **name;                          /* without namespace */
     uint32_t n_names;
     bool tokens, pin;
     uint8_t doc_digest[32];
@@ -174,9 +174,9 @@ void handle_job(struct request *r);  /* JOB, WATCH, CANCEL */
 void handle_jobs(struct request *r); /* JOBS */
 int jobs_load(struct daemon *d, struct larder_err *e);
 void jobs_free(struct daemon *d);
-void jobs_start(struct daemon *d);        /* give work to idle workers */
-void job_changed(struct job *j);          /* tell watchers */
-void job_unbusy(struct job *j);            /* a task that pointed at it is over */
+void jobs_start(struct daemon *d); /* give work to idle workers */
+void job_changed(struct job *j);   /* tell watchers */
+void job_unbusy(struct job *j);    /* a task that pointed at it is over */
 void job_end(struct job *j, enum job_state state, const struct larder_err *why);
 json_t *job_object(const struct job *j);
 struct job *job_find(struct daemon *d, uint64_t id);
@@ -198,9 +198,11 @@ void models_recall(struct daemon *d); /* from the settings */
 
 /* ---- store_job.c: a job's rows on their way into the store (writer tasks) */
 struct entry_writer;
-int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer **ret, struct larder_err *e);
+int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer **ret,
+                       struct larder_err *e);
 /* Takes fd. `done` runs on the loop when the layer is written or failed. */
-void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias, int fd);
+void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias,
+                        int fd);
 void entry_writer_commit(struct entry_writer *w, const json_t *done_body, int fd);
 /* Ends the writer, committed or not: what was written without a commit is removed. Accepts NULL. */
 void entry_writer_abort(struct entry_writer *w);

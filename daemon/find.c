@@ -12,7 +12,9 @@
 
 static int absent(struct larder_err *e)
 {
-    return larder_fail(e, LARDER_ENOTFOUND, "no such entry; 'larder ls' lists what is stored, 'larder explain-miss' says why");
+    return larder_fail(
+        e, LARDER_ENOTFOUND,
+        "no such entry; 'larder ls' lists what is stored, 'larder explain-miss' says why");
 }
 
 /* The entry's namespace, checked. */
@@ -70,14 +72,17 @@ int read_document(struct request *r, bool *ret_tokens, void **ret, uint64_t *ret
     if (rc)
         return rc;
     if (strcmp(source, "text") && strcmp(source, "tokens"))
-        return larder_fail(e, LARDER_EINVAL, "source is \"text\" or \"tokens\", not \"%.20s\"", source);
+        return larder_fail(e, LARDER_EINVAL, "source is \"text\" or \"tokens\", not \"%.20s\"",
+                           source);
     if (!bytes)
         return larder_fail(e, LARDER_EEMPTY, "the document is empty");
     if (bytes > r->d->conf.max_document_bytes)
-        return larder_fail(e, LARDER_ETOOBIG, "the document has %llu bytes; max_document_bytes is %llu",
-                           (unsigned long long)bytes, (unsigned long long)r->d->conf.max_document_bytes);
+        return larder_fail(
+            e, LARDER_ETOOBIG, "the document has %llu bytes; max_document_bytes is %llu",
+            (unsigned long long)bytes, (unsigned long long)r->d->conf.max_document_bytes);
     if (*source == 't' && source[1] == 'o' && bytes % 4)
-        return larder_fail(e, LARDER_EINVAL, "a token list of %llu bytes is not a whole number of 32-bit ids",
+        return larder_fail(e, LARDER_EINVAL,
+                           "a token list of %llu bytes is not a whole number of 32-bit ids",
                            (unsigned long long)bytes);
     if (r->fd < 0)
         return larder_fail(e, LARDER_EPROTO, "the document's memory file is missing");
@@ -102,10 +107,23 @@ struct model *model_for(struct daemon *d, const char *name, struct larder_err *e
         if (!strcmp(d->model[i].conf->name, name))
             return &d->model[i];
     if (name)
-        larder_fail(e, LARDER_EUNKNOWNMODEL, "model '%.64s' is not configured; 'larder models' lists those that are", name);
+        larder_fail(e, LARDER_EUNKNOWNMODEL,
+                    "model '%.64s' is not configured; 'larder models' lists those that are", name);
     else
         larder_fail(e, LARDER_EUNKNOWNMODEL, "%u models are configured; name one", d->n_models);
     return NULL;
+}
+
+/* A policy as it was asked for into the spelling that entries carry; workers told us. */
+static void canonical_policy(struct daemon *d, const char *asked, char *out, size_t cap)
+{
+    char key[600], *known = NULL;
+
+    snprintf(key, sizeof key, "policy/%.256s", asked);
+    if (store_setting_get(d->store, key, &known, NULL))
+        known = NULL;
+    snprintf(out, cap, "%s", known ? known : asked);
+    mem_free(known);
 }
 
 /* ---- LOOKUP */
@@ -114,6 +132,7 @@ struct search {
     struct task task;
     struct request *r;
     const char *model, *policy, *ns; /* wanted; NULL: any. Borrowed from the body */
+    char canonical[256];             /* what `policy` points to */
     bool tokens;
     void *doc;
     uint64_t len;
@@ -140,8 +159,8 @@ static void search_run(struct task *t)
     struct store_entry *en;
 
     if (q->doc)
-        q->rc = store_find_prefix(s, q->tokens ? STORE_PREFIX_TOKENS : STORE_PREFIX_TEXT, q->doc, q->len,
-                                  acceptable, q, q->key, &q->matched, &q->e);
+        q->rc = store_find_prefix(s, q->tokens ? STORE_PREFIX_TOKENS : STORE_PREFIX_TEXT, q->doc,
+                                  q->len, acceptable, q, q->key, &q->matched, &q->e);
     if (!q->rc)
         q->rc = store_entry_open(s, q->key, &en, &q->e);
     if (q->rc == LARDER_ENOTFOUND)
@@ -163,7 +182,8 @@ static void search_done(struct task *t)
     if (q->rc)
         request_fail(q->r, &q->e);
     else
-        request_ok(q->r, json_pack("{so sI}", "entry", q->entry, "matched", (json_int_t)q->matched), -1);
+        request_ok(q->r, json_pack("{so sI}", "entry", q->entry, "matched", (json_int_t)q->matched),
+                   -1);
     mem_free(q->doc);
     mem_free(q);
 }
@@ -187,6 +207,10 @@ void handle_lookup(struct request *r)
         mem_free(q);
         request_fail(r, &e);
         return;
+    }
+    if (q->policy) {
+        canonical_policy(r->d, q->policy, q->canonical, sizeof q->canonical);
+        q->policy = q->canonical;
     }
     q->r = r;
     q->task = (struct task){search_run, search_done, NULL};
@@ -218,7 +242,8 @@ static bool same_document(const struct search *q, const struct store_info *in, s
         if (q->tokens)
             same = 4ull * full->n_ctx == q->len && !memcmp(full->ident.tokens, q->doc, q->len);
         else /* the rendered text ends with the document */
-            same = full->text_len >= q->len && !memcmp(full->text + full->text_len - q->len, q->doc, q->len);
+            same = full->text_len >= q->len &&
+                   !memcmp(full->text + full->text_len - q->len, q->doc, q->len);
     }
     store_entry_close(en);
     return same;
@@ -262,25 +287,27 @@ static json_t *reason_body(const char *reason, const char *message)
 }
 
 /* A job for the same name or document. */
-static json_t *explain_job(struct daemon *d, const char *name, const struct search *q)
+static json_t *explain_job(struct daemon *d, const char *name, const struct search *q,
+                           bool finished)
 {
     uint8_t digest[32] = {0};
 
     if (q->doc)
         sha256_of(q->doc, q->len, digest);
-    for (int pass = 0; pass < 2; pass++)
-        for (struct job *j = pass ? d->history : d->jobs; j; j = j->next) {
-            bool match = q->doc && !memcmp(j->doc_digest, digest, 32) && j->doc_len == q->len;
-            json_t *b;
+    for (struct job *j = finished ? d->history : d->jobs; j; j = j->next) {
+        bool match = q->doc && !memcmp(j->doc_digest, digest, 32) && j->doc_len == q->len;
+        json_t *b;
 
-            for (uint32_t i = 0; name && i < j->n_names; i++)
-                match |= !strcmp(j->name[i], name) && !strcmp(j->ns, q->ns);
-            if (!match || j->state == JOB_DONE || j->state == JOB_CANCELED || !request_may_use(q->r, j->ns))
-                continue;
-            b = reason_body(pass ? "failed" : "computing", pass ? j->why.msg : "a job for it is queued or running");
-            json_object_set_new(b, "job", json_integer((json_int_t)j->id));
-            return b;
-        }
+        for (uint32_t i = 0; name && i < j->n_names; i++)
+            match |= !strcmp(j->name[i], name) && !strcmp(j->ns, q->ns);
+        if (!match || j->state == JOB_DONE || j->state == JOB_CANCELED ||
+            !request_may_use(q->r, j->ns))
+            continue;
+        b = reason_body(finished ? "failed" : "computing",
+                        finished ? j->why.msg : "a job for it is queued or running");
+        json_object_set_new(b, "job", json_integer((json_int_t)j->id));
+        return b;
+    }
     return NULL;
 }
 
@@ -293,8 +320,9 @@ static json_t *explain_gone(struct daemon *d, const uint8_t key[32])
 
     if (store_tombstone(d->store, key, &why, &when, NULL))
         return NULL;
-    b = why == 'e' ? reason_body("evicted", "it was evicted to make room; raise store_budget or pin it")
-                   : reason_body("removed", "it was removed");
+    b = why == 'e'
+            ? reason_body("evicted", "it was evicted to make room; raise store_budget or pin it")
+            : reason_body("removed", "it was removed");
     json_object_set_new(b, "when", json_integer((json_int_t)when));
     return b;
 }
@@ -311,9 +339,10 @@ static void explain_run(struct task *t)
     q->rc = store_list(q->r->d->store, NULL, UINT32_MAX, compare_relative, &v, &q->e);
     if (q->rc || !v.closeness)
         return;
-    q->entry = reason_body(v.reason, v.closeness == 6   ? "it is stored"
-                                     : v.closeness == 5 ? "it is stored, but its bytes are damaged; put it again"
-                                                        : "the document is stored, but under another identity");
+    q->entry = reason_body(v.reason, v.closeness == 6 ? "it is stored"
+                                     : v.closeness == 5
+                                         ? "it is stored, but its bytes are damaged; put it again"
+                                         : "the document is stored, but under another identity");
     json_object_set_new(q->entry, "have", json_string(v.have));
 }
 
@@ -321,11 +350,18 @@ static void explain_done(struct task *t)
 {
     struct search *q = (struct search *)t;
 
+    if (!q->rc && !q->entry) /* not stored: did somebody try? */
+        q->entry = explain_job(q->r->d, NULL, q, true);
     if (q->rc)
         request_fail(q->r, &q->e);
     else
-        request_ok(q->r, q->entry ? q->entry
-                                  : reason_body("never_stored", "nothing with this content was ever stored; 'larder put' stores it"), -1);
+        request_ok(
+            q->r,
+            q->entry
+                ? q->entry
+                : reason_body("never_stored",
+                              "nothing with this content was ever stored; 'larder put' stores it"),
+            -1);
     mem_free(q->doc);
     mem_free(q);
 }
@@ -336,7 +372,7 @@ static void explain_ref(struct search *q)
     struct request *r = q->r;
     struct store_entry *en;
     const char *full = json_string_value(json_object_get(r->body, "name"));
-    char ns[NAME_MAX_NS + 1] = "default", entry[NAME_MAX_ENTRY + 1];
+    char ns[NAME_MAX_NS + 1] = "default", entry[NAME_MAX_ENTRY + 1] = "";
     struct larder_err e;
     bool has_key;
     json_t *b = NULL;
@@ -347,7 +383,8 @@ static void explain_ref(struct search *q)
         if (!rc) {
             bool damaged = store_entry_info(en)->damaged;
 
-            b = damaged ? reason_body("damaged", "its bytes are damaged; put it again") : reason_body("stored", "it is stored");
+            b = damaged ? reason_body("damaged", "its bytes are damaged; put it again")
+                        : reason_body("stored", "it is stored");
             store_entry_close(en);
         } else if (rc == LARDER_EDAMAGED) {
             b = reason_body("damaged", e.msg);
@@ -360,10 +397,16 @@ static void explain_ref(struct search *q)
     }
     q->ns = ns;
     if (!b && full && !name_split(full, ns, entry, NULL))
-        b = explain_job(r->d, entry, q);
+        b = explain_job(r->d, entry, q, false);
+    if (!b && full && *entry)
+        b = explain_job(r->d, entry, q, true);
     if (!b && !field_hex32(r->body, "key", FIELD_OPTIONAL, q->key, &has_key, NULL) && !full)
         b = explain_gone(r->d, q->key);
-    request_ok(r, b ? b : reason_body("never_stored", "nothing was ever stored under it; 'larder ls' lists what is"), -1);
+    request_ok(r,
+               b ? b
+                 : reason_body("never_stored",
+                               "nothing was ever stored under it; 'larder ls' lists what is"),
+               -1);
     mem_free(q);
 }
 
@@ -385,12 +428,16 @@ void handle_explain(struct request *r)
         request_fail(r, &e);
         return;
     }
+    if (q->policy) {
+        canonical_policy(r->d, q->policy, q->canonical, sizeof q->canonical);
+        q->policy = q->canonical;
+    }
     q->r = r;
     if (!q->doc) {
         explain_ref(q);
         return;
     }
-    b = explain_job(r->d, NULL, q);
+    b = explain_job(r->d, NULL, q, false);
     if (b) {
         request_ok(r, b, -1);
         mem_free(q->doc);

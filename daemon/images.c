@@ -25,8 +25,8 @@ struct waiter {
 };
 
 struct image {
-    struct image *next;                /* in its bucket */
-    struct image *newer, *older;       /* use order */
+    struct image *next;          /* in its bucket */
+    struct image *newer, *older; /* use order */
     uint8_t key[32];
     int fd; /* -1 while it is filled */
     uint64_t bytes;
@@ -83,8 +83,8 @@ static void *prepare(void *arg)
 }
 
 /* A mapped file of at least n bytes; *ret_mapped is what is mapped. */
-static int take_file(struct images *s, uint64_t n, int *ret_fd, void **ret_map, uint64_t *ret_mapped,
-                     struct larder_err *e)
+static int take_file(struct images *s, uint64_t n, int *ret_fd, void **ret_map,
+                     uint64_t *ret_mapped, struct larder_err *e)
 {
     bool found = false;
 
@@ -208,7 +208,8 @@ static void shrink(struct daemon *d)
 {
     struct images *s = d->images;
 
-    for (struct image *im = s->oldest, *newer; im && s->bytes > d->conf.image_cache_bytes; im = newer) {
+    for (struct image *im = s->oldest, *newer; im && s->bytes > d->conf.image_cache_bytes;
+         im = newer) {
         newer = im->newer;
         if (!im->leases && im->fd >= 0)
             drop_image(s, im);
@@ -262,7 +263,8 @@ json_t *images_status(const struct daemon *d)
     const struct images *s = d->images;
 
     return json_pack("{sI sI sI sI}", "cached", (json_int_t)s->n, "bytes", (json_int_t)s->bytes,
-                     "leases", (json_int_t)server_n_leases(d), "prepared", (json_int_t)s->max_files);
+                     "leases", (json_int_t)server_n_leases(d), "prepared",
+                     (json_int_t)s->max_files);
 }
 
 /* ---- filling */
@@ -379,10 +381,17 @@ static int open_entry(struct fill *f, struct larder_err *e)
         return rc == LARDER_ENOTFOUND ? larder_fail(e, rc, "no such entry") : rc;
     in = store_entry_info(f->en);
     if (in->damaged)
-        return larder_fail(e, LARDER_EDAMAGED, "the entry's stored bytes are damaged; put the document again");
-    spec = (struct image_spec){.geom = in->geom, .dtype = KV_BF16, .has_bias = in->has_bias,
-                               .renumbered = in->renumbered, .n_ctx = in->n_ctx, .next_pos = in->next_pos,
-                               .n_vocab = in->n_vocab, .text_len = in->text_len, .rows = in->rows};
+        return larder_fail(e, LARDER_EDAMAGED,
+                           "the entry's stored bytes are damaged; put the document again");
+    spec = (struct image_spec){.geom = in->geom,
+                               .dtype = KV_BF16,
+                               .has_bias = in->has_bias,
+                               .renumbered = in->renumbered,
+                               .n_ctx = in->n_ctx,
+                               .next_pos = in->next_pos,
+                               .n_vocab = in->n_vocab,
+                               .text_len = in->text_len,
+                               .rows = in->rows};
     memcpy(spec.key, in->key, 32);
     memcpy(spec.model_fingerprint, in->ident.model_fp, 32);
     memcpy(spec.tokenizer_fingerprint, in->ident.tokenizer_fp, 32);
@@ -401,8 +410,9 @@ static int set_targets(struct fill *f, struct larder_err *e)
         return larder_fail(e, LARDER_ENOMEM, "no memory to decode an entry");
     rc = take_file(f->d->images, p->n_bytes, &f->fd, (void **)&f->map, &f->mapped, e);
     for (uint32_t i = 0; !rc && i < n; i++)
-        f->target[i] = (struct store_target){f->map + p->slot[i].k_off, f->map + p->slot[i].v_off,
-                                             p->slot[i].bias_off ? (float *)(f->map + p->slot[i].bias_off) : NULL};
+        f->target[i] = (struct store_target){
+            f->map + p->slot[i].k_off, f->map + p->slot[i].v_off,
+            p->slot[i].bias_off ? (float *)(f->map + p->slot[i].bias_off) : NULL};
     return rc;
 }
 
@@ -472,8 +482,10 @@ static void answer_with(struct request *r, struct image *im)
     store_touch(d->store, im->key, (uint64_t)time(NULL));
     unlink_use(d->images, im);
     link_use(d->images, im);
-    request_ok(r, json_pack("{sI sI sO}", "lease", (json_int_t)lease, "bytes", (json_int_t)im->bytes,
-                            "entry", im->entry), im->fd);
+    request_ok(r,
+               json_pack("{sI sI sO}", "lease", (json_int_t)lease, "bytes", (json_int_t)im->bytes,
+                         "entry", im->entry),
+               im->fd);
 }
 
 static int quarantine(struct daemon *d, void *arg, struct larder_err *e)

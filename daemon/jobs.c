@@ -138,7 +138,8 @@ json_t *job_object(const struct job *j)
     set(o, "stored_already", json_boolean(j->stored_already));
     if (j->prefill_ms)
         set(o, "prefill_ms", json_integer((json_int_t)j->prefill_ms));
-    set(o, "elapsed_ms", json_integer((json_int_t)((j->ended_ms ? j->ended_ms : now_ms()) - j->created_ms)));
+    set(o, "elapsed_ms",
+        json_integer((json_int_t)((j->ended_ms ? j->ended_ms : now_ms()) - j->created_ms)));
     if (j->state == JOB_FAILED) {
         set(o, "code", json_integer(j->why.code));
         set(o, "status", json_string(larder_status_name(j->why.code)));
@@ -154,7 +155,8 @@ json_t *jobs_status(const struct daemon *d)
     for (const struct job *j = d->jobs; j; j = j->next)
         running += j->state == JOB_RUNNING;
     return json_pack("{sI sI sI sI}", "queued", (json_int_t)(d->n_jobs - running), "running",
-                     (json_int_t)running, "done", (json_int_t)d->n_done, "failed", (json_int_t)d->n_failed);
+                     (json_int_t)running, "done", (json_int_t)d->n_done, "failed",
+                     (json_int_t)d->n_failed);
 }
 
 /* ---- watching */
@@ -231,7 +233,8 @@ static struct job *job_from_text(struct daemon *d, uint64_t id, const char *text
     size_t i;
 
     if (json_unpack(o, "{ss ss ss s?s so sb sb sI}", "ns", &ns, "model", &model, "policy", &policy,
-                    "template", &tmpl, "names", &names, "tokens", &tokens, "pin", &pin, "created_ms", &created) ||
+                    "template", &tmpl, "names", &names, "tokens", &tokens, "pin", &pin,
+                    "created_ms", &created) ||
         job_new(d, &j, ns, model, policy, tmpl, NULL)) {
         json_decref(o);
         return NULL;
@@ -289,7 +292,6 @@ static void save_done(struct task *t)
 {
     struct save *s = (struct save *)t;
     struct job *j = s->j;
-    struct daemon *d = j->d;
 
     if (s->rc) {
         if (s->r)
@@ -302,7 +304,6 @@ static void save_done(struct task *t)
     free(s->text);
     mem_free(s);
     job_unbusy(j);
-    jobs_start(d);
 }
 
 static int job_save(struct job *j, struct request *r, bool with_doc, struct larder_err *e)
@@ -372,8 +373,13 @@ static void job_retire(struct job *j)
 
 void job_unbusy(struct job *j)
 {
-    if (--j->busy == 0 && j->ended)
+    struct daemon *d = j->d;
+
+    if (--j->busy)
+        return;
+    if (j->ended)
         job_retire(j);
+    jobs_start(d); /* it, or the next one, may have waited for this */
 }
 
 void job_end(struct job *j, enum job_state state, const struct larder_err *why)
@@ -536,9 +542,12 @@ static int read_put(struct request *r, struct put *p, struct larder_err *e)
     if (!rc)
         rc = field_bool(r->body, "wait", FIELD_OPTIONAL, &p->wait, e);
     if (!rc && p->name && !name_is_entry(p->name))
-        rc = larder_fail(e, LARDER_EINVAL, "'%.64s' is no name: use letters, digits, . _ - and, not first, / + @ : , =", p->name);
+        rc = larder_fail(
+            e, LARDER_EINVAL,
+            "'%.64s' is no name: use letters, digits, . _ - and, not first, / + @ : , =", p->name);
     if (!rc && !name_is_namespace(p->ns))
-        rc = larder_fail(e, LARDER_EINVAL, "'%.64s' is no namespace: use letters, digits, . _ -", p->ns);
+        rc = larder_fail(e, LARDER_EINVAL, "'%.64s' is no namespace: use letters, digits, . _ -",
+                         p->ns);
     if (!rc && !request_may_use(r, p->ns))
         rc = larder_fail(e, LARDER_ENOTFOUND, "no namespace '%.64s' that you may use", p->ns);
     return rc ? rc : read_document(r, &p->tokens, &p->doc, &p->len, e);
@@ -546,8 +555,9 @@ static int read_put(struct request *r, struct put *p, struct larder_err *e)
 
 static bool same_work(const struct job *a, const struct job *b)
 {
-    return !a->ended && !a->cancel && a->tokens == b->tokens && !strcmp(a->ns, b->ns) && !strcmp(a->model, b->model) &&
-           !strcmp(a->policy, b->policy) && !strcmp(a->template ? a->template : "", b->template ? b->template : "") &&
+    return !a->ended && !a->cancel && a->tokens == b->tokens && !strcmp(a->ns, b->ns) &&
+           !strcmp(a->model, b->model) && !strcmp(a->policy, b->policy) &&
+           !strcmp(a->template ? a->template : "", b->template ? b->template : "") &&
            a->doc_len == b->doc_len && !memcmp(a->doc_digest, b->doc_digest, 32);
 }
 
@@ -579,10 +589,14 @@ void handle_put(struct request *r)
     if (!rc && !(m = model_for(d, p.model, &e)))
         rc = e.code;
     if (!rc && d->n_jobs >= d->conf.max_jobs)
-        rc = larder_fail(&e, LARDER_ELIMIT, "%llu jobs are waiting; try again later", (unsigned long long)d->n_jobs);
+        rc = larder_fail(&e, LARDER_ELIMIT, "%llu jobs are waiting; try again later",
+                         (unsigned long long)d->n_jobs);
     if (!rc)
         rc = job_new(d, &j, p.ns, m->conf->name, p.policy ? p.policy : m->conf->policy,
-                     p.tmpl ? p.tmpl : strcmp(m->conf->template, "auto") ? m->conf->template : NULL, &e);
+                     p.tmpl                              ? p.tmpl
+                     : strcmp(m->conf->template, "auto") ? m->conf->template
+                                                         : NULL,
+                     &e);
     if (!rc && p.name)
         rc = add_name(j, p.name, &e);
     if (!rc) {
@@ -638,7 +652,9 @@ void handle_job(struct request *r)
     if (!rc) {
         j = job_find(r->d, id);
         if (!j || !request_may_use(r, j->ns))
-            rc = larder_fail(&e, LARDER_ENOTFOUND, "no job %llu; 'larder jobs' lists the recent ones", (unsigned long long)id);
+            rc = larder_fail(&e, LARDER_ENOTFOUND,
+                             "no job %llu; 'larder jobs' lists the recent ones",
+                             (unsigned long long)id);
     }
     if (!rc && r->type == FRAME_WATCH && !j->ended) {
         request_event(r, job_object(j));
@@ -688,7 +704,8 @@ static bool load_one(void *arg, uint64_t id, const char *text)
     struct job *j = job_from_text(d, id, text);
 
     if (!j) {
-        log_line(LOG_LEVEL_WARNING, "job %llu in the queue cannot be read and is left alone", (unsigned long long)id);
+        log_line(LOG_LEVEL_WARNING, "job %llu in the queue cannot be read and is left alone",
+                 (unsigned long long)id);
     } else {
         enlist(d, j);
     }

@@ -25,5 +25,8 @@ void log_line(enum log_level level, const char *fmt, ...)
     }
     strftime(stamp, sizeof stamp, "%H:%M:%S", localtime_r(&now, &tm));
     fprintf(stderr, "%s larderd: %s%s\n", stamp,
-            level == LOG_LEVEL_ERROR ? "error: " : level == LOG_LEVEL_WARNING ? "warning: " : "", line);
+            level == LOG_LEVEL_ERROR     ? "error: "
+            : level == LOG_LEVEL_WARNING ? "warning: "
+                                         : "",
+            line);
 }

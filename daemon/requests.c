@@ -38,9 +38,14 @@ static uint64_t heads_of(const struct store_info *in)
 /* Size of the image, as a fetch would lay it out. */
 static uint64_t image_bytes(const struct store_info *in)
 {
-    struct image_spec spec = {.geom = in->geom, .dtype = KV_BF16, .has_bias = in->has_bias,
-                              .n_ctx = in->n_ctx, .next_pos = in->next_pos, .n_vocab = in->n_vocab,
-                              .text_len = in->text_len, .rows = in->rows};
+    struct image_spec spec = {.geom = in->geom,
+                              .dtype = KV_BF16,
+                              .has_bias = in->has_bias,
+                              .n_ctx = in->n_ctx,
+                              .next_pos = in->next_pos,
+                              .n_vocab = in->n_vocab,
+                              .text_len = in->text_len,
+                              .rows = in->rows};
     struct image_plan *plan;
     uint64_t n;
 
@@ -81,7 +86,8 @@ json_t *entry_summary(const struct store_info *in)
     set(j, "n_ctx", json_integer(in->n_ctx));
     set(j, "next_pos", json_integer(in->next_pos));
     set(j, "sel_layer", in->sel_layer < 0 ? json_null() : json_integer(in->sel_layer));
-    set(j, "full_bytes", json_integer((json_int_t)(4 * heads_of(in) * in->n_ctx * in->geom.head_dim)));
+    set(j, "full_bytes",
+        json_integer((json_int_t)(4 * heads_of(in) * in->n_ctx * in->geom.head_dim)));
     set(j, "image_bytes", json_integer((json_int_t)image_bytes(in)));
     set(j, "stored_bytes", json_integer((json_int_t)in->stored_bytes));
     set(j, "rows_total", json_integer((json_int_t)rows));
@@ -101,7 +107,8 @@ static json_t *rows_object(const struct store_info *in)
         json_t *heads = json_array();
 
         for (uint32_t g = 0; g < in->geom.n_kv_heads; g++)
-            json_array_append_new(heads, json_integer(in->rows[(uint64_t)l * in->geom.n_kv_heads + g]));
+            json_array_append_new(heads,
+                                  json_integer(in->rows[(uint64_t)l * in->geom.n_kv_heads + g]));
         json_array_append_new(layers, heads);
     }
     return layers;
@@ -151,8 +158,10 @@ static void handle_hello(struct request *r)
         request_fail(r, &e);
         return;
     }
-    request_ok(r, json_pack("{ss si sb}", "server", "larderd " LARDER_VERSION, "protocol", (int)FRAME_VERSION,
-                            "namespaces_restricted", r->d->conf.n_ns > 0), -1);
+    request_ok(r,
+               json_pack("{ss si sb}", "server", "larderd " LARDER_VERSION, "protocol",
+                         (int)FRAME_VERSION, "namespaces_restricted", r->d->conf.n_ns > 0),
+               -1);
 }
 
 static json_t *model_object(const struct model *m)
@@ -187,15 +196,17 @@ static void handle_status(struct request *r)
     }
     for (uint32_t i = 0; i < d->n_models; i++)
         json_array_append_new(models, model_object(&d->model[i]));
-    request_ok(r, json_pack("{ss sI sI s{ss sI sI sI sI sI sI} so sI sI so so}",
-        "version", LARDER_VERSION, "pid", (json_int_t)getpid(),
-        "uptime_s", (json_int_t)((uint64_t)time(NULL) - d->started),
-        "store", "dir", d->conf.store, "budget_bytes", (json_int_t)st.budget,
-        "used_bytes", (json_int_t)st.used, "entries", (json_int_t)st.entries,
-        "pinned", (json_int_t)st.pinned, "damaged", (json_int_t)st.damaged,
-        "evicted", (json_int_t)st.evicted,
-        "images", images_status(d), "clients", (json_int_t)d->n_clients,
-        "requests", (json_int_t)d->n_requests, "jobs", jobs_status(d), "models", models), -1);
+    request_ok(r,
+               json_pack("{ss sI sI s{ss sI sI sI sI sI sI} so sI sI so so}", "version",
+                         LARDER_VERSION, "pid", (json_int_t)getpid(), "uptime_s",
+                         (json_int_t)((uint64_t)time(NULL) - d->started), "store", "dir",
+                         d->conf.store, "budget_bytes", (json_int_t)st.budget, "used_bytes",
+                         (json_int_t)st.used, "entries", (json_int_t)st.entries, "pinned",
+                         (json_int_t)st.pinned, "damaged", (json_int_t)st.damaged, "evicted",
+                         (json_int_t)st.evicted, "images", images_status(d), "clients",
+                         (json_int_t)d->n_clients, "requests", (json_int_t)d->n_requests, "jobs",
+                         jobs_status(d), "models", models),
+               -1);
 }
 
 static void handle_release(struct request *r)
@@ -205,7 +216,8 @@ static void handle_release(struct request *r)
     int rc = field_u64(r->body, "lease", FIELD_REQUIRED, UINT64_MAX >> 11, &lease, &e);
 
     if (!rc && client_release(r->client, lease))
-        rc = larder_fail(&e, LARDER_ENOTFOUND, "no lease %llu on this connection", (unsigned long long)lease);
+        rc = larder_fail(&e, LARDER_ENOTFOUND, "no lease %llu on this connection",
+                         (unsigned long long)lease);
     if (rc)
         request_fail(r, &e);
     else
@@ -444,8 +456,10 @@ static void verify_end(struct verify *v, const struct larder_err *e)
         json_decref(v->damaged);
         request_fail(v->r, e);
     } else {
-        request_ok(v->r, json_pack("{sI sI so}", "checked", (json_int_t)v->n, "bytes", (json_int_t)v->bytes,
-                                   "damaged", v->damaged), -1);
+        request_ok(v->r,
+                   json_pack("{sI sI so}", "checked", (json_int_t)v->n, "bytes",
+                             (json_int_t)v->bytes, "damaged", v->damaged),
+                   -1);
     }
     mem_free(v->key);
     mem_free(v);
@@ -548,7 +562,11 @@ void write_quietly(struct daemon *d, quiet_fn *fn, void *arg, size_t arg_len, co
 /* ---- dispatch */
 
 #define REF "key", "name"
-#define FIELDS(...) (const char *const[]){__VA_ARGS__, NULL}
+#define FIELDS(...)                                                                                \
+    (const char *const[])                                                                          \
+    {                                                                                              \
+        __VA_ARGS__, NULL                                                                          \
+    }
 static const char *const no_fields[] = {NULL};
 
 static const struct {
@@ -557,7 +575,8 @@ static const struct {
     const char *const *fields;
 } table[] = {
     {FRAME_HELLO, handle_hello, FIELDS("client")},
-    {FRAME_PUT, handle_put, FIELDS("source", "bytes", "model", "name", "namespace", "policy", "template", "pin", "wait")},
+    {FRAME_PUT, handle_put,
+     FIELDS("source", "bytes", "model", "name", "namespace", "policy", "template", "pin", "wait")},
     {FRAME_JOB, handle_job, FIELDS("job")},
     {FRAME_WATCH, handle_job, FIELDS("job")},
     {FRAME_CANCEL, handle_job, FIELDS("job")},
@@ -571,7 +590,8 @@ static const struct {
     {FRAME_PIN, handle_change, FIELDS(REF, "pin")},
     {FRAME_STATUS, handle_status, no_fields},
     {FRAME_VERIFY, handle_verify, FIELDS(REF)},
-    {FRAME_EXPLAIN, handle_explain, FIELDS(REF, "source", "bytes", "model", "policy", "template", "namespace")},
+    {FRAME_EXPLAIN, handle_explain,
+     FIELDS(REF, "source", "bytes", "model", "policy", "template", "namespace")},
 };
 
 void request_dispatch(struct request *r)

@@ -257,7 +257,8 @@ static bool receive(struct client *c, const struct frame *f, int fd)
 {
     struct request *r = mem_zalloc(1, sizeof *r);
     struct larder_err e;
-    int rc = r ? check_frame(c, f, fd, &e) : larder_fail(&e, LARDER_ENOMEM, "no memory for a request");
+    int rc =
+        r ? check_frame(c, f, fd, &e) : larder_fail(&e, LARDER_ENOMEM, "no memory for a request");
 
     if (rc) {
         mem_free(r);
@@ -479,7 +480,8 @@ static int listen_at(const char *path, mode_t mode, int *ret, struct larder_err 
     if (rc)
         return rc;
     sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (sock < 0 || bind(sock, (struct sockaddr *)&addr, sizeof addr) || chmod(path, mode) || listen(sock, 128)) {
+    if (sock < 0 || bind(sock, (struct sockaddr *)&addr, sizeof addr) || chmod(path, mode) ||
+        listen(sock, 128)) {
         rc = larder_fail(e, LARDER_EIO, "cannot listen on %s: %s", path, strerror(errno));
         if (sock >= 0)
             close(sock);

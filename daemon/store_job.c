@@ -14,7 +14,8 @@
 #include "mem.h"
 #include "memfile.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are taken from the wire as they are");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "rows are taken from the wire as they are");
 
 struct entry_writer {
     struct daemon *d;
@@ -23,8 +24,8 @@ struct entry_writer {
     struct kv_geom geom;
     struct store_info info; /* strings borrowed from the job and this struct */
     char model[NAME_MAX_NS + 1], backend[64];
-    uint32_t queued;      /* tasks under way */
-    bool aborted;         /* the loop wants no more */
+    uint32_t queued; /* tasks under way */
+    bool aborted;    /* the loop wants no more */
 };
 
 /* One step for the writer thread. */
@@ -64,18 +65,21 @@ static bool all_finite(const uint16_t *v, uint64_t n)
     return !bad;
 }
 
-static int check_head(const struct entry_writer *w, const struct store_rows *h, struct larder_err *e)
+static int check_head(const struct entry_writer *w, const struct store_rows *h,
+                      struct larder_err *e)
 {
     uint64_t n = (uint64_t)h->n_rows * w->geom.head_dim;
 
     for (uint32_t i = 0; i < h->n_rows; i++)
         if (h->position[i] >= w->info.n_ctx || (i && h->position[i] <= h->position[i - 1]))
-            return larder_fail(e, LARDER_EWORKER, "the worker sent rows whose positions are not ascending");
+            return larder_fail(e, LARDER_EWORKER,
+                               "the worker sent rows whose positions are not ascending");
     for (uint32_t i = 0; h->bias && i < h->n_rows; i++)
         if (!isfinite(h->bias[i]))
             return larder_fail(e, LARDER_ENUMERIC, "the worker sent a bias that is not finite");
     if (!all_finite(h->k, n) || !all_finite(h->v, n))
-        return larder_fail(e, LARDER_ENUMERIC, "the prefill produced values that are not finite; nothing was stored");
+        return larder_fail(e, LARDER_ENUMERIC,
+                           "the prefill produced values that are not finite; nothing was stored");
     return 0;
 }
 
@@ -103,8 +107,10 @@ static int write_layer(struct step *s, struct larder_err *e)
     for (uint32_t g = 0; !rc && g < n; g++) {
         uint64_t r = s->rows[g];
 
-        h[g] = (struct store_rows){.n_rows = (uint32_t)r, .position = (const uint32_t *)at,
-                                   .k = at + 4 * r, .v = at + 4 * r + 2 * r * d};
+        h[g] = (struct store_rows){.n_rows = (uint32_t)r,
+                                   .position = (const uint32_t *)at,
+                                   .k = at + 4 * r,
+                                   .v = at + 4 * r + 2 * r * d};
         at += 4 * r + 4 * r * d;
         if (s->has_bias) {
             h[g].bias = (const float *)at;
@@ -132,7 +138,8 @@ static int commit(struct step *s, struct larder_err *e)
         return larder_fail_in(e, LARDER_EWORKER, "logits");
     for (uint32_t i = 0; !rc && i < w->info.n_vocab; i++)
         if (!isfinite(((const float *)map)[i]))
-            rc = larder_fail(e, LARDER_ENUMERIC, "the prefill produced logits that are not finite; nothing was stored");
+            rc = larder_fail(e, LARDER_ENUMERIC,
+                             "the prefill produced logits that are not finite; nothing was stored");
     if (!rc) {
         w->info.logits = map;
         w->info.extra = s->extra;
@@ -208,7 +215,8 @@ static void run_step(struct step *s)
     task_run(s->w->d->writer, &s->task);
 }
 
-int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer **ret, struct larder_err *e)
+int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer **ret,
+                       struct larder_err *e)
 {
     struct entry_writer *w = mem_zalloc(1, sizeof *w);
     struct step *s = NULL;
@@ -225,8 +233,13 @@ int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer
     snprintf(w->backend, sizeof w->backend, "%s/%s/%s", m->backend, m->dtype, m->isa);
     w->info = (struct store_info){
         .ident = {.policy = j->canonical, .ns = j->ns, .tokens = j->ids, .n_tokens = j->n_ctx},
-        .n_ctx = j->n_ctx, .n_vocab = m->n_vocab, .model = w->model, .tmpl = j->template_used,
-        .backend = w->backend, .text = j->text, .text_len = j->text_len};
+        .n_ctx = j->n_ctx,
+        .n_vocab = m->n_vocab,
+        .model = w->model,
+        .tmpl = j->template_used,
+        .backend = w->backend,
+        .text = j->text,
+        .text_len = j->text_len};
     memcpy(w->info.ident.model_fp, m->fp, 32);
     memcpy(w->info.ident.tokenizer_fp, m->tokenizer_fp, 32);
     memcpy(w->info.ident.template_fp, j->template_fp, 32);
@@ -237,7 +250,8 @@ int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer
     return 0;
 }
 
-void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias, int fd)
+void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias,
+                        int fd)
 {
     struct larder_err e;
     struct step *s = NULL;

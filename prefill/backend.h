@@ -4,14 +4,16 @@
  *            a backend computes. `ref` is plain C in f32 and the oracle; `cpu` uses
  *            oneDNN and vector kernels, in bf16 or f32. A backend is chosen by
  *            configuration and never replaced silently.
- * Shapes     n rows (tokens) enter a call. hidden: [n][n_hidden] f32. q: [n_heads][stride][head_dim],
- *            k and v: [n_kv_heads][stride][head_dim], of the backend's element type,
- *            rotate-half RoPE applied to q and k. o: [n][n_heads * head_dim], element type.
- *            `stride` is the row capacity of the buffers (>= rows used).
+ * Shapes     n rows (tokens) enter a call. hidden: [n][n_hidden] f32.
+ *            q: [n_heads][stride][head_dim], k and v: [n_kv_heads][stride][head_dim], of the
+ *            backend's element type, rotate-half RoPE applied to q and k.
+ *            o: [n][n_heads * head_dim], element type. `stride` is the row capacity of the
+ *            buffers (>= rows used).
  * Ownership  open/close, layer_load/layer_free, head_load/head_free pair up; frees accept NULL.
  * Threads    One caller at a time; a backend spreads work over its own threads. Results are
  *            bit-identical for any thread count.
- * Errors     LARDER_EBACKEND (what is missing on this machine), LARDER_ENOMEM, LARDER_EMODEL, LARDER_EIO.
+ * Errors     LARDER_EBACKEND (what is missing on this machine), LARDER_ENOMEM,
+ *            LARDER_EMODEL, LARDER_EIO.
  */
 #ifndef LARDER_BACKEND_H
 #define LARDER_BACKEND_H
@@ -49,8 +51,8 @@ struct attend {
 };
 
 struct resume {
-    const void *q;         /* n_new rows */
-    const void *k, *v;     /* the private tail: n_tail rows, the last n_new of them are the new ones */
+    const void *q;     /* n_new rows */
+    const void *k, *v; /* the private tail: n_tail rows, the last n_new of them are the new ones */
     uint32_t n_new, n_tail;
     uint32_t q_stride, stride;
     const struct past_rows *past; /* [n_kv_heads] */
@@ -77,11 +79,12 @@ struct backend_ops {
     int (*attend)(struct backend *b, const struct attend *a, struct larder_err *e);
 
     /* hidden += Wo · o; hidden += MLP(rmsnorm(hidden)), rows 0..n-1. */
-    int (*finish)(struct backend *b, const struct layer *l, float *hidden, const void *o, uint32_t n,
-                  struct larder_err *e);
+    int (*finish)(struct backend *b, const struct layer *l, float *hidden, const void *o,
+                  uint32_t n, struct larder_err *e);
 
     /* Window attention mass (notes: PRUNING 1): for the last w of n rows, softmax over all
-     * visible keys, summed over the w rows: mass[n_heads][n - w], f32 results, sums in f64 or f32. */
+     * visible keys, summed over the w rows: mass[n_heads][n - w], f32, summed in f64
+     * or f32. */
     int (*window)(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
                   uint32_t w, float *mass, struct larder_err *e);
 
@@ -99,9 +102,9 @@ struct backend_ops {
 /* What every backend starts with, so that callers can ask. */
 struct backend {
     const struct backend_ops *ops;
-    const struct model *model;       /* borrowed */
-    const struct model_params *p;    /* borrowed */
-    enum kv_dtype elem;              /* of q, k, v, o: KV_F32 or KV_BF16 */
+    const struct model *model;    /* borrowed */
+    const struct model_params *p; /* borrowed */
+    enum kv_dtype elem;           /* of q, k, v, o: KV_F32 or KV_BF16 */
     uint32_t n_threads;
     char isa[32]; /* "generic", "avx2", "avx512", "avx512_bf16", "amx_bf16" */
 };

@@ -15,8 +15,8 @@
 #include "mem.h"
 
 #define MAX_THREADS 256u
-#define LOAD_ROWS 64u     /* weight rows an item dequantises */
-#define HEAD_SLICE 4096u  /* rows of the output matrix per slice */
+#define LOAD_ROWS 64u    /* weight rows an item dequantises */
+#define HEAD_SLICE 4096u /* rows of the output matrix per slice */
 
 /* `struct layer` and `struct head` of this backend; ref has its own. */
 struct cpu_layer {
@@ -68,22 +68,25 @@ static void load_item(void *arg, uint32_t item, uint32_t worker)
     (void)worker;
     model_weight_shape(m, s->which, &rows, &cols);
     if (w->b->elem == KV_BF16)
-        rc = model_read_bf16(m, w->layer, s->which, s->row, s->n, (uint16_t *)s->plain + s->to * cols, &e);
+        rc = model_read_bf16(m, w->layer, s->which, s->row, s->n,
+                             (uint16_t *)s->plain + s->to * cols, &e);
     else
-        rc = model_read_f32(m, w->layer, s->which, s->row, s->n, (float *)s->plain + s->to * cols, &e);
+        rc = model_read_f32(m, w->layer, s->which, s->row, s->n, (float *)s->plain + s->to * cols,
+                            &e);
     if (rc && atomic_compare_exchange_strong(&w->rc, &none, rc))
         w->e = e;
 }
 
 /* Cut a weight into slices; returns how many there are now. */
-static uint32_t add_slices(const struct model *m, enum model_weight which, uint64_t to, uint8_t *plain,
-                           struct slice *s, uint32_t n)
+static uint32_t add_slices(const struct model *m, enum model_weight which, uint64_t to,
+                           uint8_t *plain, struct slice *s, uint32_t n)
 {
     uint32_t rows, cols;
 
     model_weight_shape(m, which, &rows, &cols);
     for (uint32_t r = 0; r < rows; r += LOAD_ROWS)
-        s[n++] = (struct slice){which, r, rows - r < LOAD_ROWS ? rows - r : LOAD_ROWS, to + r, plain};
+        s[n++] =
+            (struct slice){which, r, rows - r < LOAD_ROWS ? rows - r : LOAD_ROWS, to + r, plain};
     return n;
 }
 
@@ -120,7 +123,8 @@ static void set_shapes(const struct model_params *p, struct cpu_layer *l)
 static int read_matrices(struct backend *b, uint32_t layer, struct parts *x, struct larder_err *e)
 {
     const struct model_params *p = b->p;
-    uint32_t q = p->geom.n_heads * p->geom.head_dim, kv = p->geom.n_kv_heads * p->geom.head_dim, n = 0;
+    uint32_t q = p->geom.n_heads * p->geom.head_dim, kv = p->geom.n_kv_heads * p->geom.head_dim,
+             n = 0;
     uint64_t rows = (uint64_t)q + 2 * kv + 2ull * p->n_hidden + 2ull * p->n_ff;
     struct load w = {.b = b, .layer = layer};
 
@@ -145,7 +149,8 @@ static int read_matrices(struct backend *b, uint32_t layer, struct parts *x, str
     return w.rc;
 }
 
-static int read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret, struct larder_err *e)
+static int read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret,
+                     struct larder_err *e)
 {
     *ret = mem_alloc(b->p->n_hidden, sizeof **ret);
     if (!*ret)
@@ -169,7 +174,8 @@ static void cpu_layer_free(struct backend *b, struct layer *layer)
     mem_free(l);
 }
 
-static int cpu_layer_load(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e)
+static int cpu_layer_load(struct backend *b, uint32_t layer, struct layer **ret,
+                          struct larder_err *e)
 {
     struct cpu_layer *l = mem_zalloc(1, sizeof *l);
     struct parts x = {.b = cpu_of(b)};
@@ -218,7 +224,8 @@ static void table_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct tables *t = arg;
     const struct model_params *p = t->b->ref.base.p;
-    uint32_t d = p->geom.head_dim, end = (item + 1) * CPU_ROWS < t->n ? (item + 1) * CPU_ROWS : t->n;
+    uint32_t d = p->geom.head_dim,
+             end = (item + 1) * CPU_ROWS < t->n ? (item + 1) * CPU_ROWS : t->n;
 
     (void)worker;
     for (uint32_t r = item * CPU_ROWS; r < end; r++)
@@ -274,7 +281,8 @@ static const struct cpu_shape *shape_for(const struct work *w, uint32_t rows, in
     return w->shape[rows != CPU_ROWS][which];
 }
 
-static void normalise(const struct backend *b, const float *x, const float *norm, uint32_t rows, uint8_t *out)
+static void normalise(const struct backend *b, const float *x, const float *norm, uint32_t rows,
+                      uint8_t *out)
 {
     uint32_t n = b->p->n_hidden;
 
@@ -364,8 +372,14 @@ static int cpu_qkv(struct backend *b, const struct layer *layer, const float *hi
                    const uint32_t *pos, uint32_t n, uint32_t stride, void *q, void *k, void *v,
                    struct larder_err *e)
 {
-    struct work w = {.b = cpu_of(b), .l = layer_of(layer), .in = hidden, .n = n, .stride = stride,
-                     .q = q, .k = k, .v = v};
+    struct work w = {.b = cpu_of(b),
+                     .l = layer_of(layer),
+                     .in = hidden,
+                     .n = n,
+                     .stride = stride,
+                     .q = q,
+                     .k = k,
+                     .v = v};
     uint32_t block = n < CPU_ROWS ? n : CPU_ROWS;
     int rc = make_tables(w.b, pos, n, e);
 
@@ -395,7 +409,8 @@ static void finish_item(void *arg, uint32_t item, uint32_t worker)
     struct work *w = arg;
     const struct backend *b = &w->b->ref.base;
     uint32_t row = item * CPU_ROWS, rows = w->n - row < CPU_ROWS ? w->n - row : CPU_ROWS;
-    uint8_t *x = w->scratch + worker * w->per_worker, *y = x + w->x_bytes, *scratch = y + w->y_bytes;
+    uint8_t *x = w->scratch + worker * w->per_worker, *y = x + w->x_bytes,
+            *scratch = y + w->y_bytes;
     float *h = w->hidden + (uint64_t)row * b->p->n_hidden;
     const uint8_t *o = w->attended + (uint64_t)row * w->l->o.n_in * elem_bytes(b);
     int bad = cpu_multiply(w->b, shape_for(w, rows, 0), &w->l->o, o, h, scratch);
@@ -408,8 +423,8 @@ static void finish_item(void *arg, uint32_t item, uint32_t worker)
         atomic_store(&w->failed, 1);
 }
 
-static int cpu_finish(struct backend *b, const struct layer *layer, float *hidden, const void *o, uint32_t n,
-                      struct larder_err *e)
+static int cpu_finish(struct backend *b, const struct layer *layer, float *hidden, const void *o,
+                      uint32_t n, struct larder_err *e)
 {
     struct work w = {.b = cpu_of(b), .l = layer_of(layer), .hidden = hidden, .attended = o, .n = n};
     const struct cpu_matrix *const m[3] = {&w.l->o, &w.l->gate_up, &w.l->down};
@@ -449,13 +464,15 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct attention *x = arg;
     const struct kv_geom *geom = &x->b->ref.base.p->geom;
-    uint32_t d = geom->head_dim, h = item % geom->n_heads, g = h / (geom->n_heads / geom->n_kv_heads);
+    uint32_t d = geom->head_dim, h = item % geom->n_heads,
+             g = h / (geom->n_heads / geom->n_kv_heads);
     uint32_t row = x->a->row0 + (x->n_blocks - 1 - item / geom->n_heads) * CPU_ATTEND_Q;
     uint32_t rows = x->a->n - row < CPU_ATTEND_Q ? x->a->n - row : CPU_ATTEND_Q;
     uint64_t o_stride = (uint64_t)geom->n_heads * d;
 
-    cpu_attend_rows((const uint16_t *)x->a->q + (uint64_t)h * x->a->stride * d, x->packed + g * x->packed_bytes,
-                    x->a->n, d, row, rows, (uint16_t *)x->a->o + row * o_stride + (uint64_t)h * d, o_stride,
+    cpu_attend_rows((const uint16_t *)x->a->q + (uint64_t)h * x->a->stride * d,
+                    x->packed + g * x->packed_bytes, x->a->n, d, row, rows,
+                    (uint16_t *)x->a->o + row * o_stride + (uint64_t)h * d, o_stride,
                     x->scratch + worker * x->scratch_bytes);
 }
 
@@ -477,7 +494,9 @@ static int cpu_attend(struct backend *b, const struct attend *a, struct larder_e
     }
     mem_free(x.scratch);
     mem_free(x.packed);
-    return x.packed && x.scratch ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for attention over %u tokens", a->n);
+    return x.packed && x.scratch
+               ? 0
+               : larder_fail(e, LARDER_ENOMEM, "no memory for attention over %u tokens", a->n);
 }
 
 /* ---- output */
@@ -504,7 +523,8 @@ static int read_head(struct backend *b, uint32_t row, uint32_t n, void *to, stru
     if (!w.slice)
         return larder_fail(e, LARDER_ENOMEM, "no memory for the output matrix");
     for (uint32_t r = 0; r < n; r += LOAD_ROWS)
-        w.slice[n_slices++] = (struct slice){MODEL_HEAD, row + r, n - r < LOAD_ROWS ? n - r : LOAD_ROWS, r, to};
+        w.slice[n_slices++] =
+            (struct slice){MODEL_HEAD, row + r, n - r < LOAD_ROWS ? n - r : LOAD_ROWS, r, to};
     pool_for(cpu_of(b)->pool, n_slices, load_item, &w);
     mem_free(w.slice);
     if (w.rc && e)
@@ -555,8 +575,8 @@ static void output_item(void *arg, uint32_t item, uint32_t worker)
                 cpu_dot(o->rows, o->b->elem, (uint64_t)r * n_hidden, o->x + i * n_hidden, n_hidden);
 }
 
-static int cpu_logits(struct backend *b, const struct head *head, const float *hidden, uint32_t n, float *out,
-                      struct larder_err *e)
+static int cpu_logits(struct backend *b, const struct head *head, const float *hidden, uint32_t n,
+                      float *out, struct larder_err *e)
 {
     const struct cpu_head *h = (const struct cpu_head *)(const void *)head;
     const struct model_params *p = b->p;
@@ -568,9 +588,11 @@ static int cpu_logits(struct backend *b, const struct head *head, const float *h
     if (!rc && !h)
         rc = read_norm(b, 0, MODEL_OUT_NORM, &norm, e);
     for (uint64_t i = 0; !rc && i < n; i++)
-        cpu_rmsnorm(hidden + i * p->n_hidden, h ? h->norm : norm, p->n_hidden, p->norm_eps, x + i * p->n_hidden);
+        cpu_rmsnorm(hidden + i * p->n_hidden, h ? h->norm : norm, p->n_hidden, p->norm_eps,
+                    x + i * p->n_hidden);
     for (uint32_t r = 0; !rc && r < p->n_vocab; r += step) {
-        struct output o = {b, h ? h->rows : slice, r, p->n_vocab - r < step ? p->n_vocab - r : step, n, x, out};
+        struct output o = {
+            b, h ? h->rows : slice, r, p->n_vocab - r < step ? p->n_vocab - r : step, n, x, out};
 
         if (!h)
             rc = read_head(b, r, o.n_rows, slice, e);
@@ -633,13 +655,17 @@ static int cpu_open(struct backend **ret, const struct model *m, const struct ba
         return larder_fail(e, LARDER_EBACKEND, "backend cpu computes in bf16 or f32");
     if (bf16 && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl")))
         return larder_fail(e, LARDER_EBACKEND,
-                           "this processor has no AVX-512-BF16, so backend cpu cannot compute in bf16; use dtype auto or f32");
+                           "this processor has no AVX-512-BF16, so backend cpu cannot compute in "
+                           "bf16; use dtype auto or f32");
     b = mem_zalloc(1, sizeof *b);
     if (!b)
         return larder_fail(e, LARDER_ENOMEM, "no memory for backend cpu");
     b->ref.mul = ref_mul_pick(&mul_isa);
-    b->ref.base = (struct backend){.ops = &backend_cpu, .model = m, .p = model_params(m),
-                                   .elem = o->dtype, .n_threads = thread_count(o->n_threads)};
+    b->ref.base = (struct backend){.ops = &backend_cpu,
+                                   .model = m,
+                                   .p = model_params(m),
+                                   .elem = o->dtype,
+                                   .n_threads = thread_count(o->n_threads)};
     snprintf(b->ref.base.isa, sizeof b->ref.base.isa, "%s", isa_name(bf16));
     rc = pool_open(&b->pool, b->ref.base.n_threads, e);
     if (!rc)

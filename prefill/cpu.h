@@ -52,7 +52,8 @@ int cpu_gemm_open(struct cpu_backend *b, struct larder_err *e);
 void cpu_gemm_close(struct cpu_backend *b);
 
 /* Pack rows from a plain [n_out][n_in] buffer of the backend's element type. */
-int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *plain, struct larder_err *e);
+int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *plain,
+                    struct larder_err *e);
 void cpu_matrix_done(struct cpu_matrix *w);
 
 /* Make sure the product of m rows exists; not from pool items. *ret is borrowed. */

@@ -89,8 +89,9 @@ static inline void dot_tile(const uint16_t *q, const uint16_t *pk, uint32_t dim,
 }
 
 /* o[r][vecs * 16] += p rows · V; p [rows][CPU_ATTEND_K] bf16, n_keys of them (even). */
-static inline __attribute__((always_inline)) void value_tile(const uint16_t *p, const uint16_t *pv, uint32_t dim,
-                                                             uint32_t n_keys, float *o, uint32_t vecs)
+static inline __attribute__((always_inline)) void value_tile(const uint16_t *p, const uint16_t *pv,
+                                                             uint32_t dim, uint32_t n_keys,
+                                                             float *o, uint32_t vecs)
 {
     __m512 s[TILE_ROWS][TILE_VECS];
 
@@ -114,7 +115,8 @@ static inline __attribute__((always_inline)) void value_tile(const uint16_t *p, 
             _mm512_storeu_ps(o + r * dim + c * 16, s[r][c]);
 }
 
-static void value_rows(const uint16_t *p, const uint16_t *pv, uint32_t dim, uint32_t n_keys, float *o)
+static void value_rows(const uint16_t *p, const uint16_t *pv, uint32_t dim, uint32_t n_keys,
+                       float *o)
 {
     uint32_t at = 0;
 
@@ -138,14 +140,15 @@ static inline __m512 exp2_neg(__m512 x)
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     p = _mm512_scalef_ps(p, n);
-    return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ), _mm512_setzero_ps());
+    return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ),
+                              _mm512_setzero_ps());
 }
 
 struct rows {
-    float *x;      /* [CPU_ATTEND_Q][CPU_ATTEND_K] logits */
-    uint16_t *p;   /* the same, as bf16 probabilities */
-    float *o;      /* [CPU_ATTEND_Q][dim] */
-    uint16_t *q;   /* [CPU_ATTEND_Q][dim], zero-padded */
+    float *x;         /* [CPU_ATTEND_Q][CPU_ATTEND_K] logits */
+    uint16_t *p;      /* the same, as bf16 probabilities */
+    float *o;         /* [CPU_ATTEND_Q][dim] */
+    uint16_t *q;      /* [CPU_ATTEND_Q][dim], zero-padded */
     float *max, *sum; /* [CPU_ATTEND_Q]; logits in powers of two */
 };
 
@@ -166,7 +169,8 @@ static void lay_out(struct rows *w, uint8_t *scratch, uint32_t dim)
 }
 
 /* One row's logits of this step into probabilities; `seen` of `wide` keys are visible. */
-static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint32_t wide, float scale)
+static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint32_t wide,
+                   float scale)
 {
     float *x = w->x + (uint64_t)r * CPU_ATTEND_K, *o = w->o + (uint64_t)r * dim;
     uint16_t *p = w->p + (uint64_t)r * CPU_ATTEND_K;
@@ -184,8 +188,11 @@ static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint
     shrink = w->max[r] == -INFINITY ? 0.0f : exp2f(w->max[r] - new_max);
     m = _mm512_set1_ps(new_max);
     for (uint32_t j = 0; j < wide; j += 16) {
-        __mmask16 k = j >= seen ? 0 : seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
-        __m512 y = _mm512_maskz_mov_ps(k, exp2_neg(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), s), m)));
+        __mmask16 k = j >= seen        ? 0
+                      : seen - j >= 16 ? (__mmask16)0xffff
+                                       : (__mmask16)((1u << (seen - j)) - 1);
+        __m512 y = _mm512_maskz_mov_ps(
+            k, exp2_neg(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), s), m)));
 
         sum = _mm512_add_ps(sum, y);
         _mm256_storeu_si256((__m256i *)(p + j), (__m256i)_mm512_cvtneps_pbh(y));
@@ -214,8 +221,8 @@ static void step(struct rows *w, const uint16_t *pk, const uint16_t *pv, uint32_
         soften(w, r, dim, seen, wide, scale);
     }
     for (uint32_t t = 0; t < tiles; t++)
-        value_rows(w->p + (uint64_t)t * TILE_ROWS * CPU_ATTEND_K, pv + (uint64_t)key * dim, dim, wide,
-                   w->o + (uint64_t)t * TILE_ROWS * dim);
+        value_rows(w->p + (uint64_t)t * TILE_ROWS * CPU_ATTEND_K, pv + (uint64_t)key * dim, dim,
+                   wide, w->o + (uint64_t)t * TILE_ROWS * dim);
 }
 
 void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint32_t d, uint32_t row,
@@ -237,7 +244,8 @@ void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint3
     for (uint32_t r = 0; r < rows; r++)
         memcpy(w.q + (uint64_t)r * dim, q + (uint64_t)(row + r) * d, 2ull * d);
     for (uint32_t key = 0; key < last; key += CPU_ATTEND_K)
-        step(&w, pk, pv, dim, key, last - key < CPU_ATTEND_K ? last - key : CPU_ATTEND_K, row, rows, scale);
+        step(&w, pk, pv, dim, key, last - key < CPU_ATTEND_K ? last - key : CPU_ATTEND_K, row, rows,
+             scale);
     for (uint32_t r = 0; r < rows; r++) {
         const __m512 inv = _mm512_set1_ps(1.0f / w.sum[r]);
 

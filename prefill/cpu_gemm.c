@@ -68,7 +68,8 @@ static dnnl_status_t attributes(const struct cpu_shape *s, dnnl_primitive_attr_t
 }
 
 /* weights: in what layout; any lets oneDNN choose. */
-static dnnl_status_t make(struct cpu_backend *b, struct cpu_shape *s, const dnnl_memory_desc_t *weights)
+static dnnl_status_t make(struct cpu_backend *b, struct cpu_shape *s,
+                          const dnnl_memory_desc_t *weights)
 {
     dnnl_primitive_attr_t attr = NULL;
     dnnl_primitive_desc_t pd = NULL;
@@ -128,9 +129,12 @@ size_t cpu_shape_scratch(const struct cpu_shape *s)
 int cpu_multiply(struct cpu_backend *b, const struct cpu_shape *s, const struct cpu_matrix *w,
                  const void *src, void *dst, void *scratch)
 {
-    dnnl_exec_arg_t arg[4] = {{DNNL_ARG_SRC, NULL}, {DNNL_ARG_WEIGHTS, w->packed}, {DNNL_ARG_DST, NULL},
+    dnnl_exec_arg_t arg[4] = {{DNNL_ARG_SRC, NULL},
+                              {DNNL_ARG_WEIGHTS, w->packed},
+                              {DNNL_ARG_DST, NULL},
                               {DNNL_ARG_SCRATCHPAD, NULL}};
-    dnnl_status_t rc = dnnl_memory_create(&arg[0].memory, &s->src, b->engine, (void *)(uintptr_t)src);
+    dnnl_status_t rc =
+        dnnl_memory_create(&arg[0].memory, &s->src, b->engine, (void *)(uintptr_t)src);
 
     if (!rc)
         rc = dnnl_memory_create(&arg[2].memory, &s->dst, b->engine, dst);
@@ -147,12 +151,14 @@ int cpu_multiply(struct cpu_backend *b, const struct cpu_shape *s, const struct 
 /* ---- weights */
 
 /* The layout that the product of CPU_ROWS rows likes best; other row counts take it as it is. */
-static dnnl_status_t best_layout(struct cpu_backend *b, const struct cpu_matrix *w, dnnl_memory_desc_t *ret)
+static dnnl_status_t best_layout(struct cpu_backend *b, const struct cpu_matrix *w,
+                                 dnnl_memory_desc_t *ret)
 {
     struct cpu_shape s = {.m = CPU_ROWS, .n_in = w->n_in, .n_out = w->n_out};
     dnnl_dims_t dims = {w->n_in, w->n_out};
     dnnl_memory_desc_t any;
-    dnnl_status_t rc = dnnl_memory_desc_init_by_tag(&any, 2, dims, elem_type(b), dnnl_format_tag_any);
+    dnnl_status_t rc =
+        dnnl_memory_desc_init_by_tag(&any, 2, dims, elem_type(b), dnnl_format_tag_any);
 
     if (!rc)
         rc = make(b, &s, &any);
@@ -162,7 +168,8 @@ static dnnl_status_t best_layout(struct cpu_backend *b, const struct cpu_matrix 
     return dnnl_primitive_destroy(s.primitive);
 }
 
-int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *plain, struct larder_err *e)
+int cpu_matrix_pack(struct cpu_backend *b, struct cpu_matrix *w, const void *plain,
+                    struct larder_err *e)
 {
     dnnl_dims_t dims = {w->n_in, w->n_out};
     dnnl_memory_desc_t from, to;

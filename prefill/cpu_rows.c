@@ -10,8 +10,9 @@
 #include "half.h"
 
 #define LANES 16u
-#define FAST \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3", "fp-contract=off")))
+#define FAST                                                                                       \
+    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
+                   optimize("O3", "fp-contract=off")))
 
 /* Pairwise, so that the order is fixed. */
 static inline float sum_lanes(const float *x)

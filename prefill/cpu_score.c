@@ -11,8 +11,9 @@
 #include "mem.h"
 
 #define LANES 16u
-#define FAST \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3", "fp-contract=off")))
+#define FAST                                                                                       \
+    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
+                   optimize("O3", "fp-contract=off")))
 
 FAST static float dot(const float *a, const float *b, uint32_t d)
 {
@@ -58,7 +59,8 @@ FAST static float dot_bf16(const uint16_t *a, const float *b, uint32_t d)
 
 float cpu_dot(const void *rows, enum kv_dtype t, uint64_t at, const float *x, uint32_t n)
 {
-    return t == KV_F32 ? dot((const float *)rows + at, x, n) : dot_bf16((const uint16_t *)rows + at, x, n);
+    return t == KV_F32 ? dot((const float *)rows + at, x, n)
+                       : dot_bf16((const uint16_t *)rows + at, x, n);
 }
 
 /* n elements at `at` as f32; f32 rows are used in place. */
@@ -89,9 +91,11 @@ static void window_item(void *arg, uint32_t item, uint32_t worker)
     uint32_t d = p->geom.head_dim, group = p->geom.n_heads / p->geom.n_kv_heads, g = item / group;
     uint32_t m = x->n - x->w, wide = ref_padded(x->n);
     float *panel = x->scratch + worker * x->per_worker;
-    float *q = panel + (uint64_t)wide * d, *logit = q + (uint64_t)x->w * d, *row = logit + (uint64_t)x->w * wide;
+    float *q = panel + (uint64_t)wide * d, *logit = q + (uint64_t)x->w * d,
+          *row = logit + (uint64_t)x->w * wide;
     float *mass = x->mass + (uint64_t)item * m, scale = (float)(1 / sqrt(d));
-    struct ref_mul mul = {q, d, x->w, panel, REF_WIDE, (uint64_t)d * REF_WIDE, d, logit, wide, x->n};
+    struct ref_mul mul = {q, d,     x->w, panel, REF_WIDE, (uint64_t)d * REF_WIDE,
+                          d, logit, wide, x->n};
 
     for (uint32_t j = 0; j < x->n; j++) {
         const float *k = widen(x->k, x->b->elem, ((uint64_t)g * x->stride + j) * d, d, row);
@@ -101,7 +105,8 @@ static void window_item(void *arg, uint32_t item, uint32_t worker)
             to[(uint64_t)i * REF_WIDE] = k[i];
     }
     for (uint32_t i = 0; i < x->w; i++) {
-        const float *from = widen(x->q, x->b->elem, ((uint64_t)item * x->stride + m + i) * d, d, row);
+        const float *from =
+            widen(x->q, x->b->elem, ((uint64_t)item * x->stride + m + i) * d, d, row);
 
         for (uint32_t c = 0; c < d; c++)
             q[(uint64_t)i * d + c] = from[c] * scale;
@@ -142,8 +147,9 @@ struct resumed {
 };
 
 /* logits[rows][max_keys] of all query rows of the group against one run of keys. */
-static void logits_of(const struct resumed *x, const void *k, enum kv_dtype t, uint64_t at, uint32_t n_keys,
-                      const float *q, uint32_t rows, uint32_t first, float *logit, float *buf)
+static void logits_of(const struct resumed *x, const void *k, enum kv_dtype t, uint64_t at,
+                      uint32_t n_keys, const float *q, uint32_t rows, uint32_t first, float *logit,
+                      float *buf)
 {
     uint32_t d = x->b->p->geom.head_dim;
 
@@ -155,8 +161,9 @@ static void logits_of(const struct resumed *x, const void *k, enum kv_dtype t, u
     }
 }
 
-static void values_of(const struct resumed *x, const void *v, enum kv_dtype t, uint64_t at, uint32_t n_keys,
-                      const float *p, uint32_t rows, uint32_t first, float *o, float *buf)
+static void values_of(const struct resumed *x, const void *v, enum kv_dtype t, uint64_t at,
+                      uint32_t n_keys, const float *p, uint32_t rows, uint32_t first, float *o,
+                      float *buf)
 {
     uint32_t d = x->b->p->geom.head_dim;
 
@@ -232,7 +239,8 @@ int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e)
     x.per_worker = (2ull * rows + 1) * geom->head_dim + rows * x.max_keys;
     x.scratch = mem_aligned(x.per_worker * b->n_threads, sizeof *x.scratch);
     if (!x.scratch)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to attend to %llu rows", (unsigned long long)x.max_keys);
+        return larder_fail(e, LARDER_ENOMEM, "no memory to attend to %llu rows",
+                           (unsigned long long)x.max_keys);
     pool_for(cpu_of(b)->pool, geom->n_kv_heads, resume_item, &x);
     mem_free(x.scratch);
     return 0;

@@ -10,8 +10,9 @@
 #include "half.h"
 
 #define K_BLOCK 256
-#define FAST \
-    __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3", "fp-contract=off")))
+#define FAST                                                                                       \
+    __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3", "fp-contract="      \
+                                                                               "off")))
 
 static uint16_t le16(const uint8_t *p)
 {

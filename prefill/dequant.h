@@ -28,7 +28,7 @@ enum tensor_type {
 struct tensor_format {
     uint32_t type;
     const char *name;
-    uint32_t block_len;   /* elements */
+    uint32_t block_len; /* elements */
     uint32_t block_bytes;
     void (*to_f32)(const uint8_t *src, size_t n_blocks, float *dst);
 };

@@ -161,7 +161,8 @@ static int tensor_size(struct gguf_tensor *t, struct larder_err *e)
         return larder_fail(e, LARDER_EUNSUPPORTED, "tensor %.*s: type %u is not supported",
                            (int)t->name.len, t->name.p, t->type);
     if (!t->ne[0] || t->ne[0] % f->block_len)
-        return larder_fail(e, LARDER_EMODEL, "tensor %.*s: rows of %llu elements do not divide into %s blocks",
+        return larder_fail(e, LARDER_EMODEL,
+                           "tensor %.*s: rows of %llu elements do not divide into %s blocks",
                            (int)t->name.len, t->name.p, (unsigned long long)t->ne[0], f->name);
     n = t->ne[0] / f->block_len;
     if (!size_mul(n, f->block_bytes, &n) || !size_mul(n, t->ne[1], &n) ||
@@ -219,7 +220,8 @@ static int place_tensors(struct gguf *g, uint64_t data, uint64_t alignment, stru
                                (int)t->name.len, t->name.p, (unsigned long long)alignment);
         if (!size_add(t->offset, data, &t->offset) || !size_add(t->offset, t->n_bytes, &end) ||
             end > g->file_bytes)
-            return larder_fail(e, LARDER_EMODEL, "tensor %.*s: its bytes lie beyond the end of the file",
+            return larder_fail(e, LARDER_EMODEL,
+                               "tensor %.*s: its bytes lie beyond the end of the file",
                                (int)t->name.len, t->name.p);
     }
     qsort(g->by_name, (size_t)g->n_tensors, sizeof(struct gguf_tensor *), compare_offset);
@@ -243,8 +245,9 @@ static int read_alignment(const struct gguf *g, uint64_t *ret, struct larder_err
     if (rc && rc != LARDER_ENOTFOUND)
         return rc;
     if (!a || a & (a - 1) || a > MAX_ALIGNMENT)
-        return larder_fail(e, LARDER_EMODEL, "general.alignment is %u; must be a power of two up to %u",
-                           a, MAX_ALIGNMENT);
+        return larder_fail(e, LARDER_EMODEL,
+                           "general.alignment is %u; must be a power of two up to %u", a,
+                           MAX_ALIGNMENT);
     *ret = a;
     return 0;
 }
@@ -287,8 +290,8 @@ static int parse(struct gguf *g, uint64_t len, struct larder_err *e)
     if (magic != MAGIC)
         return larder_fail(e, LARDER_EMODEL, "not a GGUF file");
     if (version != 2 && version != 3)
-        return larder_fail(e, LARDER_EUNSUPPORTED, "GGUF version %u; versions 2 and 3 are supported",
-                           version);
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "GGUF version %u; versions 2 and 3 are supported", version);
     rc = read_kvs(g, &r, n_kv, e);
     return rc ? rc : read_tensors(g, &r, n_tensors, e);
 }
@@ -443,7 +446,8 @@ int gguf_get_u32(const struct gguf *g, const char *key, uint32_t *ret, struct la
     r = rd_init(kv->bytes, n);
     v = rd_uint(&r, n);
     if ((kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32 ||
-         kv->type == GGUF_I64) && v >> (8 * n - 1))
+         kv->type == GGUF_I64) &&
+        v >> (8 * n - 1))
         return wrong_type(key, "a count: it is negative", e);
     if (v > UINT32_MAX)
         return wrong_type(key, "a 32-bit count", e);

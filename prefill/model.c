@@ -39,12 +39,18 @@ struct model {
 };
 
 static const char *const weight_name[MODEL_WEIGHTS] = {
-    [MODEL_ATTN_NORM] = "attn_norm", [MODEL_Q] = "attn_q",
-    [MODEL_K] = "attn_k",            [MODEL_V] = "attn_v",
-    [MODEL_O] = "attn_output",       [MODEL_FFN_NORM] = "ffn_norm",
-    [MODEL_GATE] = "ffn_gate",       [MODEL_UP] = "ffn_up",
-    [MODEL_DOWN] = "ffn_down",       [MODEL_EMBED] = "token_embd",
-    [MODEL_OUT_NORM] = "output_norm", [MODEL_HEAD] = "output",
+    [MODEL_ATTN_NORM] = "attn_norm",
+    [MODEL_Q] = "attn_q",
+    [MODEL_K] = "attn_k",
+    [MODEL_V] = "attn_v",
+    [MODEL_O] = "attn_output",
+    [MODEL_FFN_NORM] = "ffn_norm",
+    [MODEL_GATE] = "ffn_gate",
+    [MODEL_UP] = "ffn_up",
+    [MODEL_DOWN] = "ffn_down",
+    [MODEL_EMBED] = "token_embd",
+    [MODEL_OUT_NORM] = "output_norm",
+    [MODEL_HEAD] = "output",
 };
 
 /* ---- parameters */
@@ -93,9 +99,9 @@ static bool str_is(struct gguf_str s, const char *want)
 /* Features that would change the computation and that this reader does not have. */
 static int refuse_unknown_features(const struct gguf *g, struct larder_err *e)
 {
-    static const char *const absent[] = {"llama.expert_count", "llama.attention.sliding_window",
-                                         "llama.attention.clamp_kqv", "llama.logit_scale",
-                                         "llama.rope.scaling.factor", "llama.rope.scale_linear"};
+    static const char *const absent[] = {
+        "llama.expert_count", "llama.attention.sliding_window", "llama.attention.clamp_kqv",
+        "llama.logit_scale",  "llama.rope.scaling.factor",      "llama.rope.scale_linear"};
     struct gguf_str s;
     uint32_t n;
     int rc;
@@ -114,7 +120,8 @@ static int refuse_unknown_features(const struct gguf *g, struct larder_err *e)
     if (rc && rc != LARDER_ENOTFOUND)
         return rc;
     if (gguf_find_tensor(g, "rope_freqs.weight"))
-        return larder_fail(e, LARDER_EUNSUPPORTED, "rope scaling by frequency factors is not supported");
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "rope scaling by frequency factors is not supported");
     return 0;
 }
 
@@ -369,14 +376,15 @@ static int read_token_id(const struct gguf *g, const char *key, uint32_t n_vocab
     if (rc)
         return rc == LARDER_ENOTFOUND ? 0 : rc;
     if (id >= n_vocab)
-        return larder_fail(e, LARDER_EMODEL, "key %s is %u; the vocabulary has %u tokens", key, id, n_vocab);
+        return larder_fail(e, LARDER_EMODEL, "key %s is %u; the vocabulary has %u tokens", key, id,
+                           n_vocab);
     *ret = id;
     return 0;
 }
 
 /* A string value as a C string; the default when absent. */
-static int copy_str(const struct gguf *g, const char *key, const char *absent, char *out, size_t cap,
-                    struct larder_err *e)
+static int copy_str(const struct gguf *g, const char *key, const char *absent, char *out,
+                    size_t cap, struct larder_err *e)
 {
     struct gguf_str s = {absent, strlen(absent)};
     int rc = gguf_get_str(g, key, &s, e);
@@ -546,7 +554,8 @@ int model_fingerprint(struct model *m, uint8_t ret[32], struct larder_err *e)
         mem_free(buf);
     }
     if (!m->has_fingerprint)
-        return larder_fail(e, LARDER_EIO, "the model file could not be read whole for its fingerprint");
+        return larder_fail(e, LARDER_EIO,
+                           "the model file could not be read whole for its fingerprint");
     memcpy(ret, m->fingerprint, 32);
     return 0;
 }
@@ -559,7 +568,8 @@ void model_fingerprint_known(struct model *m, const uint8_t fp[32])
 
 /* ---- weights */
 
-static const struct gguf_tensor *tensor_of(const struct model *m, uint32_t layer, enum model_weight w)
+static const struct gguf_tensor *tensor_of(const struct model *m, uint32_t layer,
+                                           enum model_weight w)
 {
     switch (w) {
     case MODEL_EMBED:
@@ -622,7 +632,8 @@ static int read_rows(const struct model *m, uint32_t layer, enum model_weight w,
     uint64_t row_bytes = t->n_bytes / t->ne[1];
     /* permuted rows are read by whole heads */
     uint32_t unit = w == MODEL_Q || w == MODEL_K ? m->p.geom.head_dim : 1;
-    uint32_t step = READ_CHUNK / row_bytes > unit ? (uint32_t)(READ_CHUNK / row_bytes) / unit * unit : unit;
+    uint32_t step =
+        READ_CHUNK / row_bytes > unit ? (uint32_t)(READ_CHUNK / row_bytes) / unit * unit : unit;
     uint8_t *raw;
     int rc = 0;
 

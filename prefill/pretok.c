@@ -14,44 +14,30 @@
 
 enum class { LETTER, NUMBER, SPACE, OTHER, NONE };
 
-static enum class class_of(utf8proc_int32_t c)
-{
-    switch (utf8proc_category(c)) {
-    case UTF8PROC_CATEGORY_LU:
-    case UTF8PROC_CATEGORY_LL:
-    case UTF8PROC_CATEGORY_LT:
-    case UTF8PROC_CATEGORY_LM:
-    case UTF8PROC_CATEGORY_LO:
-        return LETTER;
-    case UTF8PROC_CATEGORY_ND:
-    case UTF8PROC_CATEGORY_NL:
-    case UTF8PROC_CATEGORY_NO:
-        return NUMBER;
-    case UTF8PROC_CATEGORY_ZS:
-    case UTF8PROC_CATEGORY_ZL:
-    case UTF8PROC_CATEGORY_ZP:
-        return SPACE;
-    default: /* White_Space among the control characters */
-        return (c >= 9 && c <= 13) || c == 0x85 ? SPACE : OTHER;
+static enum class class_of(utf8proc_int32_t c) {
+    switch (utf8proc_category(c)){
+        case UTF8PROC_CATEGORY_LU : case UTF8PROC_CATEGORY_LL : case UTF8PROC_CATEGORY_LT : case
+        UTF8PROC_CATEGORY_LM : case UTF8PROC_CATEGORY_LO : return LETTER;
+        case UTF8PROC_CATEGORY_ND : case UTF8PROC_CATEGORY_NL : case
+        UTF8PROC_CATEGORY_NO : return NUMBER;
+        case UTF8PROC_CATEGORY_ZS : case UTF8PROC_CATEGORY_ZL : case
+        UTF8PROC_CATEGORY_ZP : return SPACE;
+        default : /* White_Space among the control characters */
+                    return (c >= 9 && c <= 13) || c == 0x85
+            ? SPACE
+            : OTHER;
     }
 }
 
 /* Class and length of the character at p; NONE at the end. */
-static enum class peek(const char *p, size_t len, size_t *n)
-{
-    utf8proc_int32_t c;
-    utf8proc_ssize_t got;
+static enum class peek(const char *p, size_t len, size_t *n) {
+    utf8proc_int32_t c; utf8proc_ssize_t got;
 
-    *n = 0;
-    if (!len)
-        return NONE;
-    if ((unsigned char)*p < 0x80) {
-        *n = 1;
-        return class_of((unsigned char)*p);
-    }
-    got = utf8proc_iterate((const utf8proc_uint8_t *)p, (utf8proc_ssize_t)(len < 4 ? len : 4), &c);
-    *n = got > 0 ? (size_t)got : 1;
-    return got > 0 ? class_of(c) : OTHER;
+    *n = 0; if (!len) return NONE;
+    if ((unsigned char)*p < 0x80){ *n = 1; return class_of((unsigned char)*p);}
+got = utf8proc_iterate((const utf8proc_uint8_t *)p, (utf8proc_ssize_t)(len < 4 ? len : 4), &c);
+*n = got > 0 ? (size_t)got : 1;
+return got > 0 ? class_of(c) : OTHER;
 }
 
 /* Length of the run of characters of class c. */

@@ -178,8 +178,7 @@ static void add_turn(struct text *t, const char *role, const char *content)
 }
 
 int template_chat(const struct template *t, const struct chat_message *msg, size_t n,
-                  int add_generation_prompt, char **ret_text, size_t *ret_len,
-                  struct larder_err *e)
+                  int add_generation_prompt, char **ret_text, size_t *ret_len, struct larder_err *e)
 {
     struct text out = {0};
 

@@ -16,11 +16,12 @@
 #include "larder_status.h"
 #include "tokenizer.h"
 
-struct template {
-    const char *name;     /* "smollm2", "chatml", "plain" */
-    const char *doc_head; /* before the document */
-    const char *ask_head; /* between document and question */
-    const char *ask_tail; /* after the question; the answer follows */
+struct template
+{
+    const char *name;           /* "smollm2", "chatml", "plain" */
+    const char *doc_head;       /* before the document */
+    const char *ask_head;       /* between document and question */
+    const char *ask_tail;       /* after the question; the answer follows */
     const char *default_system; /* for chat rendering; NULL: none is inserted */
 };
 

@@ -27,13 +27,13 @@ struct merge {
 
 struct tokenizer {
     uint32_t n_vocab;
-    char *bytes;      /* all pieces, back to back */
-    uint64_t *start;  /* [n_vocab + 1] */
-    uint8_t *special; /* [n_vocab] */
+    char *bytes;        /* all pieces, back to back */
+    uint64_t *start;    /* [n_vocab + 1] */
+    uint8_t *special;   /* [n_vocab] */
     uint32_t *specials; /* special ids, longest literal first */
     uint32_t n_specials;
     bool special_first[256]; /* first bytes of special literals */
-    uint32_t *word_slot; /* hash of piece -> id, open addressing */
+    uint32_t *word_slot;     /* hash of piece -> id, open addressing */
     uint32_t word_mask;
     struct merge *merge_slot;
     uint32_t merge_mask;
@@ -131,7 +131,8 @@ static int decode_token(const char *token, uint32_t len, char *out, size_t *ret_
         int b = got > 0 ? alphabet_byte(c) : -1;
 
         if (b < 0)
-            return larder_fail(e, LARDER_EMODEL, "token %u is not spelled in the byte-level alphabet", id);
+            return larder_fail(e, LARDER_EMODEL,
+                               "token %u is not spelled in the byte-level alphabet", id);
         out[n++] = (char)b;
         at += (uint32_t)got;
     }
@@ -237,12 +238,14 @@ static int add_merge(struct tokenizer *t, const char *m, uint32_t len, uint32_t 
     if (!rc)
         rc = decode_token(space + 1, len - (uint32_t)(space - m) - 1, buf + left, &right, rank, e);
     if (rc)
-        return larder_fail(e, LARDER_EMODEL, "merge %u is not spelled in the byte-level alphabet", rank);
+        return larder_fail(e, LARDER_EMODEL, "merge %u is not spelled in the byte-level alphabet",
+                           rank);
     l = *find_word(t, buf, left);
     r = *find_word(t, buf + left, right);
     into = *find_word(t, buf, left + right);
     if (l == EMPTY || r == EMPTY || into == EMPTY)
-        return larder_fail(e, LARDER_EMODEL, "merge %u names a token that the vocabulary lacks", rank);
+        return larder_fail(e, LARDER_EMODEL, "merge %u names a token that the vocabulary lacks",
+                           rank);
     slot = find_merge(t, l, r);
     if (slot->left == EMPTY)
         *slot = (struct merge){l, r, rank, into};
@@ -281,7 +284,8 @@ static void add_field(struct sha256 *h, const void *p, uint32_t n)
 }
 
 /* Everything that decides how text becomes tokens (PROTOCOL.md section 2). */
-static int take_fingerprint(struct tokenizer *t, const struct tokenizer_spec *s, struct larder_err *e)
+static int take_fingerprint(struct tokenizer *t, const struct tokenizer_spec *s,
+                            struct larder_err *e)
 {
     struct sha256 *h = sha256_new();
 
@@ -306,14 +310,16 @@ int tokenizer_new(struct tokenizer **ret, const struct tokenizer_spec *spec, str
     int rc;
 
     if (strcmp(spec->model, "gpt2"))
-        return larder_fail(e, LARDER_EUNSUPPORTED, "tokenizer model '%s' is not supported; gpt2 is", spec->model);
+        return larder_fail(e, LARDER_EUNSUPPORTED, "tokenizer model '%s' is not supported; gpt2 is",
+                           spec->model);
     if (!pretok_find(spec->pretok))
         return larder_fail(e, LARDER_EUNSUPPORTED, "pre-tokenizer '%s' is not supported; %s are",
                            spec->pretok, pretok_names());
     if (!spec->n_vocab || spec->n_vocab > KV_MAX_VOCAB)
         return larder_fail(e, LARDER_EMODEL, "a vocabulary of %u tokens", spec->n_vocab);
     if (spec->add_bos)
-        return larder_fail(e, LARDER_EUNSUPPORTED, "tokenizers that add a BOS token are not supported");
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "tokenizers that add a BOS token are not supported");
     t = mem_zalloc(1, sizeof *t);
     if (!t)
         return larder_fail(e, LARDER_ENOMEM, "no memory");
@@ -379,7 +385,7 @@ struct node {
 };
 
 struct pair {
-    uint32_t rank, at; /* position of the left node */
+    uint32_t rank, at;    /* position of the left node */
     uint32_t left, right; /* ids when it was pushed */
     uint32_t into;
 };
@@ -571,7 +577,9 @@ static int check_utf8(const char *p, size_t len, struct larder_err *e)
             n = utf8proc_iterate((const utf8proc_uint8_t *)p + at,
                                  (utf8proc_ssize_t)(len - at < 4 ? len - at : 4), &c);
         if (n < 1)
-            return larder_fail(e, LARDER_ETEXT, "the text is not valid UTF-8: byte 0x%02x at offset %zu; convert it first (iconv -t UTF-8)",
+            return larder_fail(e, LARDER_ETEXT,
+                               "the text is not valid UTF-8: byte 0x%02x at offset %zu; convert it "
+                               "first (iconv -t UTF-8)",
                                (uint8_t)p[at], at);
         at += (size_t)n;
     }

@@ -20,8 +20,7 @@
 #define HASH_BLOCK (16u << 10)
 #define MAX_WINDOW_LOG 23 /* 8 MiB: what a hostile frame may ask for */
 #define AUX_LEVEL 3
-#define FAST \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3")))
+#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3")))
 
 struct codec {
     ZSTD_CCtx *cctx;
@@ -93,7 +92,8 @@ static void hash_of(const void *p, size_t n, uint8_t out[EXTENT_HASH_LEN])
 }
 
 /* Literals only: one sequence without a match per block. 0 when zstd cannot. */
-static size_t huffman_frame(struct codec *c, const uint8_t *src, size_t len, uint8_t *dst, size_t cap)
+static size_t huffman_frame(struct codec *c, const uint8_t *src, size_t len, uint8_t *dst,
+                            size_t cap)
 {
     ZSTD_Sequence seq[PLANE_MAX / ZSTD_BLOCK + 1];
     size_t n_seq = 0, rc;
@@ -171,8 +171,8 @@ static int damaged(struct larder_err *e, const char *what)
 }
 
 /* Exactly one frame of exactly the declared sizes. */
-static int inflate(struct codec *c, const uint8_t *frame, size_t frame_len, uint8_t *dst, size_t len,
-                   struct larder_err *e)
+static int inflate(struct codec *c, const uint8_t *frame, size_t frame_len, uint8_t *dst,
+                   size_t len, struct larder_err *e)
 {
     size_t rc;
 
@@ -181,7 +181,8 @@ static int inflate(struct codec *c, const uint8_t *frame, size_t frame_len, uint
         return damaged(e, "a zstd frame does not have the declared size");
     rc = ZSTD_decompressDCtx(c->dctx, dst, len, frame, frame_len);
     if (ZSTD_isError(rc))
-        return larder_fail(e, LARDER_EDAMAGED, "a zstd frame does not decode: %s", ZSTD_getErrorName(rc));
+        return larder_fail(e, LARDER_EDAMAGED, "a zstd frame does not decode: %s",
+                           ZSTD_getErrorName(rc));
     return rc == len ? 0 : damaged(e, "a zstd frame does not have the declared size");
 }
 
@@ -222,7 +223,8 @@ static int deliver(struct codec *c, const struct source *s, uint32_t raw_len,
         }
     }
     if (at != raw_len)
-        return larder_fail(e, LARDER_EINTERNAL, "pieces of %u bytes for an extent of %u", at, raw_len);
+        return larder_fail(e, LARDER_EINTERNAL, "pieces of %u bytes for an extent of %u", at,
+                           raw_len);
     XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(c->hash));
     if (memcmp(canonical.digest, hash, EXTENT_HASH_LEN))
         return damaged(e, "the hash of an extent does not match");

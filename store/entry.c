@@ -17,14 +17,14 @@
 struct store_entry {
     struct store *s;
     struct manifest m;
-    uint64_t *tile;      /* [n_tiles + 1] offsets in the row stream */
+    uint64_t *tile; /* [n_tiles + 1] offsets in the row stream */
     uint32_t n_tiles;
     char *name;
-    uint8_t *aux;        /* tokens, text, positions, logits, extra; NULL until loaded */
+    uint8_t *aux; /* tokens, text, positions, logits, extra; NULL until loaded */
     uint32_t *tokens;
     float *logits;
     char *extra;
-    uint32_t *positions; /* all heads, back to back */
+    uint32_t *positions;   /* all heads, back to back */
     uint64_t *position_at; /* [n_layers * n_kv_heads] */
 };
 
@@ -84,7 +84,9 @@ static int add_state(struct store_entry *en, MDB_txn *txn, struct larder_err *e)
     int rc = state_get(en->s, txn, in->key, &st, e);
 
     if (rc)
-        return rc == LARDER_ENOTFOUND ? larder_fail(e, LARDER_EDAMAGED, "the state of an entry is missing") : rc;
+        return rc == LARDER_ENOTFOUND
+                   ? larder_fail(e, LARDER_EDAMAGED, "the state of an entry is missing")
+                   : rc;
     in->pinned = st.flags & STATE_PINNED;
     in->damaged = st.flags & STATE_DAMAGED;
     in->hits = st.hits;
@@ -201,8 +203,8 @@ static int decode_alone(const struct store_entry *en, uint32_t i, const struct c
     rc = txn_read(en->s, &txn, e);
     if (!rc) {
         rc = decode_extent(en, txn, i, c, piece, n, e);
-        if (rc == LARDER_EDAMAGED &&
-            db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN, &v, NULL) == LARDER_ENOTFOUND)
+        if (rc == LARDER_EDAMAGED && db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN,
+                                            &v, NULL) == LARDER_ENOTFOUND)
             rc = larder_fail(e, LARDER_ENOTFOUND, "the entry was removed while it was read");
         mdb_txn_abort(txn);
     }
@@ -279,7 +281,8 @@ static int unpack_positions(struct store_entry *en, struct rd *r, struct larder_
             n_before = n;
         }
     }
-    return rd_left(r) ? larder_fail(e, LARDER_EDAMAGED, "the positions of an entry are damaged") : 0;
+    return rd_left(r) ? larder_fail(e, LARDER_EDAMAGED, "the positions of an entry are damaged")
+                      : 0;
 }
 
 static int unpack_aux(struct store_entry *en, struct larder_err *e)

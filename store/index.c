@@ -14,11 +14,12 @@
 
 #define BLOCK 256u
 #define HASH_LEN 16u
-#define GROUP_LEN (1 + HASH_LEN)                 /* kind, block hash */
-#define KEY_LEN (GROUP_LEN + 1 + HASH_LEN + 8)   /* + 255 - tail length, tail hash, entry id */
+#define GROUP_LEN (1 + HASH_LEN)               /* kind, block hash */
+#define KEY_LEN (GROUP_LEN + 1 + HASH_LEN + 8) /* + 255 - tail length, tail hash, entry id */
 
 /* First 16 bytes of SHA-256 over the kind byte and data. */
-static void hash16(uint8_t kind, const uint8_t *p, size_t n, uint8_t out[HASH_LEN], struct sha256 *h)
+static void hash16(uint8_t kind, const uint8_t *p, size_t n, uint8_t out[HASH_LEN],
+                   struct sha256 *h)
 {
     uint8_t digest[SHA256_LEN];
 
@@ -71,7 +72,8 @@ static int keys_of(const struct store_info *info, uint64_t entry_id, uint8_t out
         return larder_fail(e, LARDER_ENOMEM, "no memory to index an entry");
     rc = prefix_key(STORE_PREFIX_TOKENS, tokens, 4ull * info->n_ctx, entry_id, out[0], e);
     if (!rc)
-        rc = prefix_key(STORE_PREFIX_TEXT, (const uint8_t *)info->text, info->text_len, entry_id, out[1], e);
+        rc = prefix_key(STORE_PREFIX_TEXT, (const uint8_t *)info->text, info->text_len, entry_id,
+                        out[1], e);
     mem_free(tokens);
     return rc;
 }
@@ -199,7 +201,7 @@ static int search_group(struct search *q, const uint8_t *group, uint64_t at, boo
 static int search_all(struct search *q, bool *ret_found, struct larder_err *e)
 {
     uint64_t n_blocks = q->n / BLOCK;
-    uint8_t (*group)[GROUP_LEN] = mem_alloc(n_blocks + 1, sizeof *group), digest[SHA256_LEN];
+    uint8_t(*group)[GROUP_LEN] = mem_alloc(n_blocks + 1, sizeof *group), digest[SHA256_LEN];
     struct sha256 *h = sha256_new();
     int rc = 0;
 
@@ -225,7 +227,8 @@ int store_find_prefix(struct store *s, enum store_prefix_kind kind, const void *
                       uint64_t n_bytes, store_accept *accept, void *arg,
                       uint8_t ret_key[STORE_KEY_LEN], uint64_t *ret_matched, struct larder_err *e)
 {
-    struct search q = {.s = s, .kind = (uint8_t)kind, .data = data, .n = n_bytes, .accept = accept, .arg = arg};
+    struct search q = {
+        .s = s, .kind = (uint8_t)kind, .data = data, .n = n_bytes, .accept = accept, .arg = arg};
     bool found = false;
     int rc = txn_read(s, &q.txn, e);
 

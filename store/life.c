@@ -112,7 +112,8 @@ static int unindex(struct store *s, MDB_txn *txn, const uint8_t *key, uint64_t e
     return rc == LARDER_EDAMAGED || rc == LARDER_ENOTFOUND ? 0 : rc;
 }
 
-static int names_remove(const struct store *s, MDB_txn *txn, const struct state *st, struct larder_err *e)
+static int names_remove(const struct store *s, MDB_txn *txn, const struct state *st,
+                        struct larder_err *e)
 {
     int rc = 0;
 
@@ -174,7 +175,8 @@ int store_delete(struct store *s, const uint8_t key[STORE_KEY_LEN], uint64_t *re
 typedef int each_state(void *arg, const uint8_t *key, const struct state *st);
 
 /* Visit every entry's state; a positive return of fn stops. */
-static int each(const struct store *s, MDB_txn *txn, each_state *fn, void *arg, struct larder_err *e)
+static int each(const struct store *s, MDB_txn *txn, each_state *fn, void *arg,
+                struct larder_err *e)
 {
     MDB_cursor *c;
     MDB_val k, v;
@@ -218,7 +220,8 @@ static int least_worthy(void *arg, const uint8_t *key, const struct state *st)
     double w = worth(st, v->now);
 
     v->used += st->stored_bytes;
-    if (st->flags & STATE_PINNED || !memcmp(key, v->spare, STORE_KEY_LEN) || (v->found && w >= v->worth))
+    if (st->flags & STATE_PINNED || !memcmp(key, v->spare, STORE_KEY_LEN) ||
+        (v->found && w >= v->worth))
         return 0;
     v->found = true;
     v->worth = w;
@@ -239,7 +242,8 @@ int evict_for(struct store *s, MDB_txn *txn, uint64_t need, const uint8_t *keep,
             return 0;
         if (!v.found)
             return larder_fail(e, LARDER_EFULL,
-                               "%llu bytes do not fit: the budget is %llu and %llu are pinned; raise store_budget, keep fewer rows or unpin entries",
+                               "%llu bytes do not fit: the budget is %llu and %llu are pinned; "
+                               "raise store_budget, keep fewer rows or unpin entries",
                                (unsigned long long)need, (unsigned long long)s->budget,
                                (unsigned long long)v.used);
         rc = entry_remove(s, txn, v.key, 'e', now, NULL, e);
@@ -340,7 +344,8 @@ int orphans_sweep(struct store *s, struct larder_err *e)
 static int name_key(const char *ns, const char *name, char out[NAME_KEY_MAX], struct larder_err *e)
 {
     if (strlen(ns) + strlen(name) + 2 > NAME_KEY_MAX)
-        return larder_fail(e, LARDER_EINVAL, "the name '%.40s...' is longer than %u bytes", name, NAME_KEY_MAX - 2);
+        return larder_fail(e, LARDER_EINVAL, "the name '%.40s...' is longer than %u bytes", name,
+                           NAME_KEY_MAX - 2);
     strcpy(out, ns);
     strcat(out, "/");
     strcat(out, name);
@@ -450,7 +455,8 @@ int store_set_name(struct store *s, const uint8_t key[STORE_KEY_LEN], const char
 
 /* ---- flags and use */
 
-static int set_flag(struct store *s, const uint8_t *key, uint32_t flag, bool on, struct larder_err *e)
+static int set_flag(struct store *s, const uint8_t *key, uint32_t flag, bool on,
+                    struct larder_err *e)
 {
     struct state st = {0};
     MDB_txn *txn;

@@ -15,9 +15,9 @@
 #define FIXED_BYTES 512u /* more than all fixed fields together */
 #define EXTENT_BYTES (1 + 1 + 2 + 4 + 4 + EXTENT_HASH_LEN)
 #define N_STRINGS 5
-#define EXACT_ROWS 4u   /* first rows of a packed tile stay bf16 */
-#define GROUP_ROWS 32u  /* int4 keys: rows that share a step per channel */
-#define GROUP_DIMS 32u  /* int4 values: channels that share a step per row */
+#define EXACT_ROWS 4u  /* first rows of a packed tile stay bf16 */
+#define GROUP_ROWS 32u /* int4 keys: rows that share a step per channel */
+#define GROUP_DIMS 32u /* int4 values: channels that share a step per row */
 
 /* ---- tile sizes */
 
@@ -139,7 +139,8 @@ int manifest_encode(const struct manifest *m, void **ret, size_t *ret_len, struc
     }
     if (!wr_ok(&w)) {
         mem_free(buf);
-        return larder_fail(e, LARDER_EINVAL, "a string of the entry is longer than %u bytes", MANIFEST_MAX_STRING);
+        return larder_fail(e, LARDER_EINVAL, "a string of the entry is longer than %u bytes",
+                           MANIFEST_MAX_STRING);
     }
     *ret = buf;
     *ret_len = (size_t)(w.p - buf);
@@ -169,7 +170,8 @@ static int get_fixed(struct rd *r, struct manifest *m, struct larder_err *e)
     if (rd_u32(r) != MAGIC)
         return damaged(e, "wrong magic");
     if (rd_u32(r) != VERSION)
-        return larder_fail(e, LARDER_EVERSION, "manifest: written by another version of the format");
+        return larder_fail(e, LARDER_EVERSION,
+                           "manifest: written by another version of the format");
     m->entry_id = rd_u64(r);
     get_bytes(r, in->key, STORE_KEY_LEN);
     get_bytes(r, in->ident.model_fp, 32);
@@ -197,8 +199,8 @@ static int get_fixed(struct rd *r, struct manifest *m, struct larder_err *e)
     if ((precision != KV_BF16 && precision != KV_INT8 && precision != KV_INT4) ||
         flags > (FLAG_BIAS | FLAG_RENUMBERED) || !in->n_ctx || in->n_ctx > KV_MAX_CTX ||
         in->n_vocab > KV_MAX_VOCAB || in->sel_layer < -1 || m->aux.text > MANIFEST_MAX_AUX ||
-        in->sel_layer >= (int32_t)in->geom.n_layers ||
-        m->aux.positions > MANIFEST_MAX_AUX || m->aux.extra > MANIFEST_MAX_AUX)
+        in->sel_layer >= (int32_t)in->geom.n_layers || m->aux.positions > MANIFEST_MAX_AUX ||
+        m->aux.extra > MANIFEST_MAX_AUX)
         return damaged(e, "a field is out of range");
     in->precision = (enum kv_dtype)precision;
     in->has_bias = flags & FLAG_BIAS;

@@ -57,8 +57,8 @@ static uint32_t record_of(const struct grid *g, uint32_t row, uint32_t col)
 /* ---- packing */
 
 /* Smallest and largest element of each record's cell. */
-static void range_of(const struct grid *g, uint32_t record, const float *rows, uint32_t n, uint32_t d,
-                     float *lo, float *hi)
+static void range_of(const struct grid *g, uint32_t record, const float *rows, uint32_t n,
+                     uint32_t d, float *lo, float *hi)
 {
     uint32_t row0 = record / g->per_row * g->row_group, col0 = record % g->per_row * g->col_group;
     uint32_t row1 = row0 + g->row_group < n ? row0 + g->row_group : n;
@@ -103,7 +103,8 @@ static void pack(enum kv_dtype t, const struct grid *g, const float *rows, uint3
 
             codes[at] = (uint8_t)(int8_t)fminf(fmaxf(q, -127), 127);
         } else {
-            uint32_t q = code_of(rows[at], half_at(scales + 4 * i), half_at(scales + 4 * i + 2), 15);
+            uint32_t q =
+                code_of(rows[at], half_at(scales + 4 * i), half_at(scales + 4 * i + 2), 15);
 
             codes[at / 2] = (uint8_t)(at % 2 ? (codes[at / 2] & 15) | q << 4 : q);
         }
@@ -115,8 +116,8 @@ static uint32_t exact_of(uint32_t n_rows)
     return n_rows < EXACT_ROWS ? n_rows : EXACT_ROWS;
 }
 
-static void from(enum kv_dtype t, const struct grid *g, const float *rows, uint32_t n_rows, uint32_t d,
-                 uint8_t *tile)
+static void from(enum kv_dtype t, const struct grid *g, const float *rows, uint32_t n_rows,
+                 uint32_t d, uint8_t *tile)
 {
     uint32_t exact = exact_of(n_rows);
     uint8_t *scales = tile + 2ull * exact * d;

@@ -37,7 +37,7 @@ struct store_put {
     struct staged staged[BATCH_BYTES / 4096];
     uint32_t n_staged, staged_bytes;
     struct buffer positions; /* coded */
-    uint32_t *last; /* positions of the head before */
+    uint32_t *last;          /* positions of the head before */
     uint32_t n_last;
     uint64_t written; /* bytes of extents so far */
 };
@@ -74,7 +74,8 @@ static int append_varint(struct buffer *b, uint32_t v, struct larder_err *e)
 
 /* Runs of consecutive positions as (gap, length - 1); zero runs where there are rows
  * means the same list as the (layer, head) before (FORMAT.md). */
-static int code_positions(struct store_put *p, const uint32_t *pos, uint32_t n, struct larder_err *e)
+static int code_positions(struct store_put *p, const uint32_t *pos, uint32_t n,
+                          struct larder_err *e)
 {
     uint32_t runs = 0, end = 0;
     int rc;
@@ -129,7 +130,8 @@ static int write_staged(struct store_put *p, MDB_txn *txn, struct larder_err *e)
 
     for (uint32_t i = 0; !rc && i < p->n_staged; i++) {
         extent_key(p->m.entry_id, p->staged[i].index, key);
-        rc = db_put(p->s, txn, DB_extents, key, sizeof key, p->staged[i].bytes, p->staged[i].len, e);
+        rc =
+            db_put(p->s, txn, DB_extents, key, sizeof key, p->staged[i].bytes, p->staged[i].len, e);
     }
     return rc;
 }
@@ -158,7 +160,8 @@ static int flush_staged(struct store_put *p, struct larder_err *e)
 static int new_extent(struct store_put *p, struct extent **ret, struct larder_err *e)
 {
     if (p->m.n_extents == MANIFEST_MAX_EXTENTS)
-        return larder_fail(e, LARDER_ETOOBIG, "an entry of more than %u extents", MANIFEST_MAX_EXTENTS);
+        return larder_fail(e, LARDER_ETOOBIG, "an entry of more than %u extents",
+                           MANIFEST_MAX_EXTENTS);
     if (p->m.n_extents == p->cap_extents) {
         uint32_t cap = p->cap_extents ? 2 * p->cap_extents : 64;
         struct extent *grown = mem_grow(p->m.extent, cap, sizeof *grown);
@@ -189,7 +192,9 @@ static int stage(struct store_put *p, enum stream stream, enum codec_kind want, 
         return rc;
     p->written += x->stored_len;
     if (p->written > p->s->budget)
-        return larder_fail(e, LARDER_EFULL, "the entry alone exceeds the store budget of %llu bytes; raise store_budget or keep fewer rows",
+        return larder_fail(e, LARDER_EFULL,
+                           "the entry alone exceeds the store budget of %llu bytes; raise "
+                           "store_budget or keep fewer rows",
                            (unsigned long long)p->s->budget);
     p->staged[p->n_staged].bytes = mem_dup(stored, x->stored_len);
     if (!p->staged[p->n_staged].bytes)
@@ -362,7 +367,8 @@ static int complete(struct store_put *p, const struct store_info *info, struct l
     int rc;
 
     if (p->next_layer != in->geom.n_layers)
-        return larder_fail(e, LARDER_EINVAL, "%u of %u layers were given", p->next_layer, in->geom.n_layers);
+        return larder_fail(e, LARDER_EINVAL, "%u of %u layers were given", p->next_layer,
+                           in->geom.n_layers);
     if (!info->n_ctx || info->n_ctx > KV_MAX_CTX || info->n_ctx != info->ident.n_tokens ||
         info->n_vocab > KV_MAX_VOCAB || info->text_len > MANIFEST_MAX_AUX)
         return larder_fail(e, LARDER_EINVAL, "an entry of %u tokens", info->n_ctx);

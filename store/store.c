@@ -43,15 +43,18 @@ static bool disk_full(const struct store *s)
 int lmdb_fail(const struct store *s, int rc, const char *what, struct larder_err *e)
 {
     /* ext4 reports a full disk as a short write, which LMDB turns into EIO */
-    if (rc == MDB_MAP_FULL || rc == ENOSPC || rc == EDQUOT || rc == EFBIG || (rc == EIO && disk_full(s)))
-        return larder_fail(e, LARDER_EFULL, "%s: no space left (%s); free some or raise the limit", what,
-                           mdb_strerror(rc));
+    if (rc == MDB_MAP_FULL || rc == ENOSPC || rc == EDQUOT || rc == EFBIG ||
+        (rc == EIO && disk_full(s)))
+        return larder_fail(e, LARDER_EFULL, "%s: no space left (%s); free some or raise the limit",
+                           what, mdb_strerror(rc));
     if (rc == ENOMEM)
         return larder_fail(e, LARDER_ENOMEM, "%s: no memory", what);
     if (rc == MDB_CORRUPTED || rc == MDB_PAGE_NOTFOUND || rc == MDB_BAD_TXN)
-        return larder_fail(e, LARDER_EDAMAGED, "%s: the store is damaged (%s)", what, mdb_strerror(rc));
+        return larder_fail(e, LARDER_EDAMAGED, "%s: the store is damaged (%s)", what,
+                           mdb_strerror(rc));
     if (rc == MDB_VERSION_MISMATCH || rc == MDB_INVALID)
-        return larder_fail(e, LARDER_EVERSION, "%s: not a store of this LMDB version (%s)", what, mdb_strerror(rc));
+        return larder_fail(e, LARDER_EVERSION, "%s: not a store of this LMDB version (%s)", what,
+                           mdb_strerror(rc));
     return larder_fail(e, LARDER_EIO, "%s: %s", what, mdb_strerror(rc));
 }
 
@@ -70,7 +73,8 @@ int txn_write(struct store *s, MDB_txn **ret, struct larder_err *e)
 
     pthread_mutex_lock(&s->write);
     if (s->broken)
-        rc = larder_fail(e, LARDER_EIO, "the store stopped writing after a failed commit; restart larderd");
+        rc = larder_fail(e, LARDER_EIO,
+                         "the store stopped writing after a failed commit; restart larderd");
     else if ((rc = mdb_txn_begin(s->env, NULL, 0, ret)))
         rc = lmdb_fail(s, rc, "write transaction", e);
     if (rc)
@@ -202,8 +206,8 @@ static int check_fs(const struct store_opts *o, struct larder_err *e)
     static const struct {
         uint32_t magic;
         const char *name;
-    } bad[] = {{0x6969, "NFS"}, {0x65735546, "FUSE"}, {0x794c7630, "overlay"},
-               {0xff534d42, "CIFS"}, {0xfe534d42, "SMB"}, {0x01021997, "9P"}};
+    } bad[] = {{0x6969, "NFS"},      {0x65735546, "FUSE"}, {0x794c7630, "overlay"},
+               {0xff534d42, "CIFS"}, {0xfe534d42, "SMB"},  {0x01021997, "9P"}};
     struct statfs st;
 
     if (o->allow_any_fs || statfs(o->dir, &st))
@@ -211,7 +215,8 @@ static int check_fs(const struct store_opts *o, struct larder_err *e)
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
         if ((uint32_t)st.f_type == bad[i].magic)
             return larder_fail(e, LARDER_EUNSUPPORTED,
-                               "%s lies on %s, which does not keep what LMDB needs; use a local file system or set allow_any_fs",
+                               "%s lies on %s, which does not keep what LMDB needs; use a local "
+                               "file system or set allow_any_fs",
                                o->dir, bad[i].name);
     return 0;
 }
@@ -240,8 +245,9 @@ static int open_dbs(struct store *s, unsigned flags, struct larder_err *e)
         rc = mdb_dbi_open(txn, db_name[i], flags, &s->dbi[i]);
         if (rc) {
             mdb_txn_abort(txn);
-            return rc == MDB_NOTFOUND ? larder_fail(e, LARDER_EVERSION, "database '%s' is missing", db_name[i])
-                                      : lmdb_fail(s, rc, "open", e);
+            return rc == MDB_NOTFOUND
+                       ? larder_fail(e, LARDER_EVERSION, "database '%s' is missing", db_name[i])
+                       : lmdb_fail(s, rc, "open", e);
         }
     }
     rc = mdb_txn_commit(txn);
@@ -260,7 +266,8 @@ static int open_env(struct store *s, const char *dir, struct larder_err *e)
     map = 2 * map + MIN_MAP;
     if (map > 1ull << 45)
         map = 1ull << 45;
-    if ((rc = mdb_env_set_mapsize(s->env, (size_t)map)) || (rc = mdb_env_set_maxdbs(s->env, N_DBS)) ||
+    if ((rc = mdb_env_set_mapsize(s->env, (size_t)map)) ||
+        (rc = mdb_env_set_maxdbs(s->env, N_DBS)) ||
         (rc = mdb_env_set_maxreaders(s->env, MAX_READERS)) ||
         (rc = mdb_env_open(s->env, dir, MDB_NOTLS, 0600)))
         return lmdb_fail(s, rc, dir, e);
@@ -288,7 +295,9 @@ static int check_format(struct store *s, struct larder_err *e)
     format_record(want);
     rc = db_get(s, txn, DB_meta, "format", 6, &v, e);
     if (rc == LARDER_ENOTFOUND || (!rc && (v.mv_size != 8 || memcmp(v.mv_data, want, 8))))
-        rc = larder_fail(e, LARDER_EVERSION, "the store was written by another version of larder or LMDB; nothing was changed");
+        rc = larder_fail(
+            e, LARDER_EVERSION,
+            "the store was written by another version of larder or LMDB; nothing was changed");
     mdb_txn_abort(txn);
     return rc;
 }
@@ -338,7 +347,8 @@ int store_open(struct store **ret, const struct store_opts *opts, struct larder_
     int rc, dead;
 
     if (!opts->store_budget)
-        return larder_fail(e, LARDER_EINVAL, "store_budget is 0; it must be at least a few megabytes");
+        return larder_fail(e, LARDER_EINVAL,
+                           "store_budget is 0; it must be at least a few megabytes");
     rc = check_fs(opts, e);
     if (rc)
         return rc;

@@ -13,8 +13,9 @@
  *            of threads may call on one entry. No LMDB transaction outlives a call.
  * Fork       Open after fork(), never before.
  * Errors     0 or LARDER_E*; nothing here logs, prints or exits. LARDER_EDAMAGED: bytes fail
- *            verification; LARDER_EFULL: over budget even after eviction, or the disk is full, the store is
- *            unchanged. After LARDER_EIO from a commit the store refuses further writes: restart.
+ *            verification; LARDER_EFULL: over budget even after eviction, or the disk
+ *            is full, the store is unchanged. After LARDER_EIO from a commit the store refuses
+ *            further writes: restart.
  */
 #ifndef LARDER_STORE_H
 #define LARDER_STORE_H
@@ -33,8 +34,8 @@ struct store_put;
 struct store_entry;
 
 struct store_opts {
-    const char *dir;       /* must exist, 0700, on a local file system; used during the call only */
-    uint64_t store_budget; /* bytes of manifests and extents, exactly as counted by stored_bytes; 0 is LARDER_EINVAL */
+    const char *dir; /* must exist, 0700, on a local file system; used during the call only */
+    uint64_t store_budget; /* bytes of manifests and extents, as stored_bytes counts; never 0 */
     bool allow_any_fs;     /* do not refuse network, FUSE or overlay file systems */
 };
 
@@ -63,12 +64,12 @@ struct store_info {
     bool has_bias;
     bool renumbered;
     uint32_t n_ctx, next_pos, n_vocab;
-    int32_t sel_layer;    /* -1: none */
-    const char *model;    /* configured name when it was stored */
-    const char *tmpl;     /* template name */
-    const char *backend;  /* "cpu/bf16/avx512_bf16" */
-    const char *extra;    /* JSON: rank_variance, certificate, ...; opaque to the store */
-    const char *text;     /* rendered text, text_len bytes */
+    int32_t sel_layer;   /* -1: none */
+    const char *model;   /* configured name when it was stored */
+    const char *tmpl;    /* template name */
+    const char *backend; /* "cpu/bf16/avx512_bf16" */
+    const char *extra;   /* JSON: rank_variance, certificate, ...; opaque to the store */
+    const char *text;    /* rendered text, text_len bytes */
     uint64_t text_len;
     const float *logits;  /* [n_vocab] of the last row, stored as f16 */
     const uint32_t *rows; /* [n_layers * n_kv_heads]; filled by the store on read, ignored on put */
@@ -88,7 +89,8 @@ struct store_info {
 struct store_rows {
     uint32_t n_rows;
     const uint32_t *position; /* ascending, < n_ctx */
-    const void *k, *v; /* tiles in the entry's precision: bf16 [rows][head_dim], or packed (FORMAT.md) */
+    const void *k,
+        *v; /* tiles in the entry's precision: bf16 [rows][head_dim], or packed (FORMAT.md) */
     const float *bias; /* [n_rows] when has_bias; stored as bf16 */
 };
 

@@ -15,15 +15,16 @@
 #include "store.h"
 
 /* X(name) - one LMDB database each; the names are part of the format (FORMAT.md). */
-#define STORE_DB_LIST(X) \
-    X(entries) X(state) X(extents) X(names) X(prefix) X(tombs) X(tombseq) X(sources) \
-    X(jobs) X(jobdocs) X(settings) X(meta)
+#define STORE_DB_LIST(X)                                                                           \
+    X(entries)                                                                                     \
+    X(state) X(extents) X(names) X(prefix) X(tombs) X(tombseq) X(sources) X(jobs) X(jobdocs)       \
+        X(settings) X(meta)
 
 enum store_db {
 #define X(name) DB_##name,
     STORE_DB_LIST(X)
 #undef X
-    N_DBS,
+        N_DBS,
 };
 
 #define MAX_TOUCHES 256

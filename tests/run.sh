@@ -61,7 +61,7 @@ for group in "$@"; do
         done
         ;;
     e2e)
-        for t in tests/e2e/[0-9]*.sh tests/format/*.sh; do
+        for t in tests/e2e/[0-9]*.sh; do
             [ -e "$t" ] && run "$t" 300 "$t" "$build"
         done
         ;;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What the built programs link and export.
-build=$1
+build=${1:-build}
 cd "$(dirname "$0")/../.." || exit 1
 rc=0
 

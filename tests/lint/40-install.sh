@@ -1,6 +1,6 @@
 #!/bin/sh
 # make install puts every file in its place, and the unit is hardened.
-build=$1
+build=${1:-build}
 cd "$(dirname "$0")/../.." || exit 1
 root=$(mktemp -d "${TMPDIR:-/tmp}/larder-install.XXXXXX") || exit 1
 trap 'rm -rf "$root"' EXIT

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The manual pages say what the programs and headers offer: every option of --help, every
 # command, every exported function.
-build=$1
+build=${1:-build}
 cd "$(dirname "$0")/../.." || exit 1
 rc=0
 

@@ -21,9 +21,9 @@ struct synthetic {
     uint32_t n_ctx;
     uint32_t rows[LAYERS][HEADS];
     uint32_t *position[LAYERS][HEADS];
-    uint8_t *k[LAYERS][HEADS], *v[LAYERS][HEADS]; /* tiles */
+    uint8_t *k[LAYERS][HEADS], *v[LAYERS][HEADS];            /* tiles */
     uint16_t *want_k[LAYERS][HEADS], *want_v[LAYERS][HEADS]; /* bf16 after expansion */
-    float *bias[LAYERS][HEADS]; /* values that bf16 represents */
+    float *bias[LAYERS][HEADS];                              /* values that bf16 represents */
     uint32_t *tokens;
     float logits[VOCAB];
     struct store_info info;
@@ -46,7 +46,9 @@ static inline void make_head(struct synthetic *y, int l, int h, uint64_t *seed)
     for (uint32_t i = 0; i < n; i++) {
         uint32_t slack = y->n_ctx - p - (n - i);
 
-        p += slack ? (uint32_t)(test_rand(seed) % 3 ? 0 : test_rand(seed) % (slack < 5 ? slack + 1 : 5)) : 0;
+        p += slack ? (uint32_t)(test_rand(seed) % 3 ? 0
+                                                    : test_rand(seed) % (slack < 5 ? slack + 1 : 5))
+                   : 0;
         y->position[l][h][i] = p++;
         y->bias[l][h][i] = bf16_to_f32(f32_to_bf16(test_randf(seed)));
     }
@@ -76,8 +78,8 @@ static inline void make_head(struct synthetic *y, int l, int h, uint64_t *seed)
 }
 
 /* An entry of n_ctx tokens with ragged rows; `seed` makes it, so equal seeds are equal. */
-static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype precision, bool has_bias,
-                                              uint64_t seed)
+static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype precision,
+                                              bool has_bias, uint64_t seed)
 {
     struct synthetic *y = must(mem_zalloc(1, sizeof *y));
     uint64_t s = seed * 2654435761u + 1;
@@ -98,9 +100,19 @@ static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype prec
         }
     y->info = (struct store_info){
         .ident = {.policy = "full", .ns = "default", .tokens = y->tokens, .n_tokens = n_ctx},
-        .n_ctx = n_ctx, .next_pos = n_ctx, .n_vocab = VOCAB, .sel_layer = 1, .model = "m",
-        .tmpl = "plain", .backend = "test", .extra = "{\"a\":1}", .text = "some text",
-        .text_len = 9, .logits = y->logits, .prefill_ms = 12, .created = 1000};
+        .n_ctx = n_ctx,
+        .next_pos = n_ctx,
+        .n_vocab = VOCAB,
+        .sel_layer = 1,
+        .model = "m",
+        .tmpl = "plain",
+        .backend = "test",
+        .extra = "{\"a\":1}",
+        .text = "some text",
+        .text_len = 9,
+        .logits = y->logits,
+        .prefill_ms = 12,
+        .created = 1000};
     memset(y->info.ident.model_fp, 1, 32);
     return y;
 }
@@ -120,8 +132,8 @@ static inline void synthetic_free(struct synthetic *y)
     mem_free(y);
 }
 
-static inline int synthetic_put(struct store *s, const struct synthetic *y, const char *name, bool pin,
-                                uint8_t key[32], struct larder_err *e)
+static inline int synthetic_put(struct store *s, const struct synthetic *y, const char *name,
+                                bool pin, uint8_t key[32], struct larder_err *e)
 {
     struct store_put *p = NULL;
     int rc = store_put_begin(s, &p, &y->geom, y->precision, y->has_bias, e);
@@ -130,7 +142,8 @@ static inline int synthetic_put(struct store *s, const struct synthetic *y, cons
         struct store_rows r[HEADS];
 
         for (int h = 0; h < HEADS; h++)
-            r[h] = (struct store_rows){y->rows[l][h], y->position[l][h], y->k[l][h], y->v[l][h], y->bias[l][h]};
+            r[h] = (struct store_rows){y->rows[l][h], y->position[l][h], y->k[l][h], y->v[l][h],
+                                       y->bias[l][h]};
         rc = store_put_layer(p, r, e);
     }
     if (rc) {
@@ -141,8 +154,8 @@ static inline int synthetic_put(struct store *s, const struct synthetic *y, cons
 }
 
 /* Decode everything and compare; 0 when all is right, else the first failing code. */
-static inline int synthetic_compare(struct store *s, const struct synthetic *y, const uint8_t key[32],
-                                    struct larder_err *e)
+static inline int synthetic_compare(struct store *s, const struct synthetic *y,
+                                    const uint8_t key[32], struct larder_err *e)
 {
     struct store_entry *en = NULL;
     struct store_target t[LAYERS * HEADS];
@@ -169,7 +182,8 @@ static inline int synthetic_compare(struct store *s, const struct synthetic *y, 
             assert_int_equal(store_entry_info(en)->rows[i], n);
             assert_memory_equal(t[i].k, y->want_k[l][h], 2ull * n * DIM);
             assert_memory_equal(t[i].v, y->want_v[l][h], 2ull * n * DIM);
-            assert_memory_equal(store_entry_positions(en, (uint32_t)l, (uint32_t)h), y->position[l][h], 4ull * n);
+            assert_memory_equal(store_entry_positions(en, (uint32_t)l, (uint32_t)h),
+                                y->position[l][h], 4ull * n);
             if (y->has_bias)
                 assert_memory_equal(t[i].bias, y->bias[l][h], 4ull * n);
         }

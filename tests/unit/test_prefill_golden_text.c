@@ -16,7 +16,10 @@ static int open_model(void **state)
     struct larder_err e;
 
     (void)state;
-    if (asprintf(&path, "%s%s/larder/SmolLM2-135M-Instruct.Q4_1.gguf", cache ? cache : home ? home : "",
+    if (asprintf(&path, "%s%s/larder/SmolLM2-135M-Instruct.Q4_1.gguf",
+                 cache  ? cache
+                 : home ? home
+                        : "",
                  cache ? "" : "/.cache") < 0)
         return -1;
     if (access(path, R_OK) == 0 && model_open(&model, path, &e))
@@ -127,7 +130,8 @@ static void one_conversation(json_t *j)
     }
     assert_int_equal(template_chat(template_find("smollm2"), msg, n,
                                    json_is_true(json_object_get(j, "add_generation_prompt")), &text,
-                                   &len, &e), 0);
+                                   &len, &e),
+                     0);
     assert_int_equal(len, json_string_length(want));
     assert_memory_equal(text, json_string_value(want), len);
     encode_and_expect(text, len, true, json_object_get(j, "ids"));
@@ -154,13 +158,16 @@ static void one_task(json_t *j)
     char *text;
 
     assert_int_equal(template_document(t, model_tokenizer(model), json_string_value(doc),
-                                       json_string_length(doc), &ids, &n, &text, &len, &e), 0);
+                                       json_string_length(doc), &ids, &n, &text, &len, &e),
+                     0);
     expect_ids(ids, n, json_object_get(j, "prefix_ids"));
     mem_free(ids);
     mem_free(text);
     assert_int_equal(template_question(t, model_tokenizer(model), json_string_value(ask),
-                                       json_string_length(ask), &ids, &n, &e), 0);
-    assert_true(n <= json_array_size(tail)); /* the task's tail goes on with the answer's beginning */
+                                       json_string_length(ask), &ids, &n, &e),
+                     0);
+    assert_true(n <=
+                json_array_size(tail)); /* the task's tail goes on with the answer's beginning */
     for (size_t i = 0; i < n; i++)
         assert_int_equal(ids[i], json_integer_value(json_array_get(tail, i)));
     mem_free(ids);

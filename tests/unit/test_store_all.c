@@ -103,7 +103,8 @@ static void packed_codes_are_close_to_their_rows(void **state)
                         rows[i] - bf16_to_f32(back[i]) < (i < 4 * DIM ? 0.004f : most));
     }
     /* bytes a row at 64 elements, as the format promises */
-    assert_int_equal(tile_bytes_k(KV_INT4, 4 + 32, 64) + tile_bytes_v(KV_INT4, 4 + 32, 64) - 4 * 256, 32 * 80);
+    assert_int_equal(
+        tile_bytes_k(KV_INT4, 4 + 32, 64) + tile_bytes_v(KV_INT4, 4 + 32, 64) - 4 * 256, 32 * 80);
 }
 
 static void a_key_depends_on_every_part_of_its_identity(void **state)
@@ -114,12 +115,12 @@ static void a_key_depends_on_every_part_of_its_identity(void **state)
 
     (void)state;
     assert_int_equal(store_key(&id, a, NULL), 0);
-#define DIFFERS(change) \
-    do { \
-        other = id; \
-        change; \
-        assert_int_equal(store_key(&other, b, NULL), 0); \
-        assert_memory_not_equal(a, b, 32); \
+#define DIFFERS(change)                                                                            \
+    do {                                                                                           \
+        other = id;                                                                                \
+        change;                                                                                    \
+        assert_int_equal(store_key(&other, b, NULL), 0);                                           \
+        assert_memory_not_equal(a, b, 32);                                                         \
     } while (0)
     DIFFERS(other.model_fp[31] = 1);
     DIFFERS(other.tokenizer_fp[0] = 1);
@@ -164,19 +165,31 @@ static void the_longest_stored_prefix_is_found(void **state)
     }
     for (int i = 0; i < 6; i++)
         for (uint32_t n = length[i]; n < (i < 5 ? length[i + 1] : 800); n += 13) {
-            assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 4 * n, accept_all, NULL, got, &matched, &e), 0);
+            assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 4 * n, accept_all,
+                                               NULL, got, &matched, &e),
+                             0);
             assert_memory_equal(got, key[i], 32);
             assert_int_equal(matched, 4 * length[i]);
-            assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TEXT, prompt, 3 * n, accept_all, NULL, got, &matched, &e), 0);
+            assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TEXT, prompt, 3 * n, accept_all,
+                                               NULL, got, &matched, &e),
+                             0);
             assert_memory_equal(got, key[i], 32);
         }
-    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 16, accept_all, NULL, got, &matched, &e), LARDER_ENOTFOUND);
+    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 16, accept_all, NULL, got,
+                                       &matched, &e),
+                     LARDER_ENOTFOUND);
     prompt[300] ^= 1;
-    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_all, NULL, got, &matched, &e), 0);
+    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_all, NULL,
+                                       got, &matched, &e),
+                     0);
     assert_memory_equal(got, key[4], 32);
-    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_policy, (void *)(uintptr_t)"other", got, &matched, &e), LARDER_ENOTFOUND);
+    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_policy,
+                                       (void *)(uintptr_t) "other", got, &matched, &e),
+                     LARDER_ENOTFOUND);
     assert_int_equal(store_delete(f->s, key[4], &matched, &e), 0);
-    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_all, NULL, got, &matched, &e), 0);
+    assert_int_equal(store_find_prefix(f->s, STORE_PREFIX_TOKENS, prompt, 3200, accept_all, NULL,
+                                       got, &matched, &e),
+                     0);
     assert_memory_equal(got, key[3], 32);
     mem_free(prompt);
 }
@@ -184,7 +197,8 @@ static void the_longest_stored_prefix_is_found(void **state)
 static void names_move_and_die_with_their_entry(void **state)
 {
     struct fixture *f = *state;
-    struct synthetic *a = synthetic_new(10, KV_BF16, false, 1), *b = synthetic_new(11, KV_BF16, false, 2);
+    struct synthetic *a = synthetic_new(10, KV_BF16, false, 1),
+                     *b = synthetic_new(11, KV_BF16, false, 2);
     struct larder_err e = {0, ""};
     uint8_t ka[32], kb[32], got[32];
     uint64_t freed, when;
@@ -316,7 +330,8 @@ static void an_aborted_put_leaves_nothing(void **state)
     assert_int_equal(store_put_begin(f->s, &p, &y->geom, KV_BF16, false, &e), 0);
     assert_int_equal(store_put_layer(p, r, &e), 0);
     uint8_t key[32];
-    assert_int_equal(store_put_commit(p, &y->info, NULL, false, key, &e), LARDER_EINVAL); /* layers are missing */
+    assert_int_equal(store_put_commit(p, &y->info, NULL, false, key, &e),
+                     LARDER_EINVAL); /* layers are missing */
     reopen(f, 64 << 20);
     assert_int_equal(store_stats(f->s, &b, &e), 0);
     assert_int_equal(b.entries, 0);
@@ -480,7 +495,8 @@ static void a_file_size_limit_is_a_full_store_and_loses_nothing(void **state)
     struct rlimit old, small;
     struct larder_err e = {0, ""};
     uint8_t first[32], key[32];
-    struct synthetic *a = synthetic_new(200, KV_BF16, false, 1), *b = synthetic_new(3000, KV_BF16, false, 2);
+    struct synthetic *a = synthetic_new(200, KV_BF16, false, 1),
+                     *b = synthetic_new(3000, KV_BF16, false, 2);
     int rc;
 
     signal(SIGXFSZ, SIG_IGN);
@@ -522,7 +538,8 @@ static void acknowledged_entries_survive_sigkill(void **state)
             struct store *s = open_at(f->dir, 64 << 20);
 
             for (uint64_t i = 0;; i++) {
-                struct synthetic *y = synthetic_new(40 + (uint32_t)(cycle % 30), KV_BF16, false, cycle * 1000 + i);
+                struct synthetic *y =
+                    synthetic_new(40 + (uint32_t)(cycle % 30), KV_BF16, false, cycle * 1000 + i);
 
                 if (synthetic_put(s, y, NULL, false, key, NULL) || write(pipe_fd[1], key, 32) != 32)
                     _exit(1);
@@ -535,7 +552,8 @@ static void acknowledged_entries_survive_sigkill(void **state)
         waitpid(pid, NULL, 0);
         f->s = open_at(f->dir, 64 << 20);
         for (; read(pipe_fd[0], key, 32) == 32; n++, acked++) {
-            struct synthetic *y = synthetic_new(40 + (uint32_t)(cycle % 30), KV_BF16, false, cycle * 1000 + n);
+            struct synthetic *y =
+                synthetic_new(40 + (uint32_t)(cycle % 30), KV_BF16, false, cycle * 1000 + n);
 
             assert_int_equal(synthetic_compare(f->s, y, key, NULL), 0);
             synthetic_free(y);

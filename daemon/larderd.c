@@ -1,4 +1,4 @@
-/* main.c - larderd: options, start, signals, stop.
+/* larderd.c - larderd: options, start, signals, stop.
  *
  * The one idea: everything that can be wrong is found before the socket appears: the
  * configuration, the store, and, by a probe of each model's worker, models and backends. */
@@ -46,12 +46,15 @@ struct options {
 static int parse_options(int argc, char **argv, struct options *o)
 {
     enum { CONFIG = 256, PRIVATE, MODEL, SET, DUMP, CHECK, VERSION, HELP };
-    static const struct option longs[] = {
-        {"config", required_argument, NULL, CONFIG}, {"private", required_argument, NULL, PRIVATE},
-        {"model", required_argument, NULL, MODEL},   {"set", required_argument, NULL, SET},
-        {"dump-config", no_argument, NULL, DUMP},    {"check-config", no_argument, NULL, CHECK},
-        {"version", no_argument, NULL, VERSION},     {"help", no_argument, NULL, HELP},
-        {NULL, 0, NULL, 0}};
+    static const struct option longs[] = {{"config", required_argument, NULL, CONFIG},
+                                          {"private", required_argument, NULL, PRIVATE},
+                                          {"model", required_argument, NULL, MODEL},
+                                          {"set", required_argument, NULL, SET},
+                                          {"dump-config", no_argument, NULL, DUMP},
+                                          {"check-config", no_argument, NULL, CHECK},
+                                          {"version", no_argument, NULL, VERSION},
+                                          {"help", no_argument, NULL, HELP},
+                                          {NULL, 0, NULL, 0}};
     int c;
 
     while ((c = getopt_long(argc, argv, "h", longs, NULL)) != -1) {
@@ -129,10 +132,13 @@ static int configure(struct config *c, const struct options *o, struct larder_er
 static int check_models(const struct config *c, struct larder_err *e)
 {
     if (!c->n_models)
-        return larder_fail(e, LARDER_ECONFIG, "no model is configured; use --model NAME=PATH or a 'model NAME { path = ... }' section");
+        return larder_fail(e, LARDER_ECONFIG,
+                           "no model is configured; use --model NAME=PATH or a 'model NAME { path "
+                           "= ... }' section");
     for (uint32_t i = 0; i < c->n_models; i++)
         if (access(c->model[i].path, R_OK))
-            return larder_fail(e, LARDER_ECONFIG, "model %s: %s: %s", c->model[i].name, c->model[i].path, strerror(errno));
+            return larder_fail(e, LARDER_ECONFIG, "model %s: %s: %s", c->model[i].name,
+                               c->model[i].path, strerror(errno));
     return 0;
 }
 
@@ -176,7 +182,9 @@ static void on_reload(evutil_socket_t sig, short what, void *arg)
         log_line(LOG_LEVEL_ERROR, "reload: %s; the old configuration stays", e.msg);
     } else {
         take_limits(d, &fresh);
-        log_line(LOG_LEVEL_INFO, "reload: limits are taken over; models, paths, budget and namespaces need a restart");
+        log_line(
+            LOG_LEVEL_INFO,
+            "reload: limits are taken over; models, paths, budget and namespaces need a restart");
     }
     config_done(&fresh);
     sd_notify(0, "READY=1");

@@ -1,4 +1,4 @@
-/* jobs.c - the durable job queue and small settings.
+/* queue.c - the durable job queue and small settings.
  *
  * The one idea: a job is a JSON text under its id and its document in chunks of at most
  * 1 MiB beside it, because long values fragment the free list. */
@@ -27,8 +27,8 @@ static int doc_remove(const struct store *s, MDB_txn *txn, uint64_t id, struct l
     return rc == LARDER_ENOTFOUND ? 0 : rc;
 }
 
-static int doc_write(const struct store *s, MDB_txn *txn, uint64_t id, const uint8_t *doc, uint64_t len,
-                     struct larder_err *e)
+static int doc_write(const struct store *s, MDB_txn *txn, uint64_t id, const uint8_t *doc,
+                     uint64_t len, struct larder_err *e)
 {
     uint8_t key[EXTENT_KEY_LEN];
     int rc = doc_remove(s, txn, id, e);
@@ -58,7 +58,8 @@ int store_job_put(struct store *s, uint64_t id, const char *json, const void *do
     int rc;
 
     if (doc_len > MAX_DOC)
-        return larder_fail(e, LARDER_ETOOBIG, "a document of %llu bytes", (unsigned long long)doc_len);
+        return larder_fail(e, LARDER_ETOOBIG, "a document of %llu bytes",
+                           (unsigned long long)doc_len);
     rc = txn_write(s, &txn, e);
     if (rc)
         return rc;
@@ -84,8 +85,8 @@ int store_job_delete(struct store *s, uint64_t id, struct larder_err *e)
     return finish(s, txn, rc, e);
 }
 
-static int doc_read(const struct store *s, MDB_txn *txn, uint64_t id, uint8_t **ret, uint64_t *ret_len,
-                    struct larder_err *e)
+static int doc_read(const struct store *s, MDB_txn *txn, uint64_t id, uint8_t **ret,
+                    uint64_t *ret_len, struct larder_err *e)
 {
     uint8_t key[EXTENT_KEY_LEN], *doc = NULL, *grown;
     uint64_t len = 0;

@@ -1,0 +1,73 @@
+#!/bin/bash
+# The main job: a real document in, its pruned cache stored, served, and a question answered from it.
+. "$(dirname "$0")/lib.sh"
+policy=asl,rows=50%,lmin=14,tau=0.8
+
+put() { larder put "$docs/doc_a700.txt" --name a700 --policy "$policy" --wait --json >"$dir/put"; }
+claim "the daemon starts" start_daemon
+claim "a document is stored" put
+larder show a700 --json >"$dir/show"
+
+shows_entry() {
+    python3 - "$dir/show" <<'PY'
+import json, sys
+e = json.load(open(sys.argv[1]))
+for k in "key name model policy n_ctx next_pos sel_layer rows full_bytes image_bytes stored_bytes prefill_ms created".split():
+    assert k in e, k
+assert e["name"] == "default/a700" and len(e["rows"]) == 30 and all(r == [362] * 3 for r in e["rows"]), e["rows"][:2]
+assert e["stored_bytes"] < e["image_bytes"] < e["full_bytes"] == e["n_ctx"] * 23040
+PY
+}
+claim "show has every promised field, and half of the rows per layer and head" shows_entry
+
+answers_alike() {
+    larder ask a700 "What is the name of the programming language?" --max-new 12 --json >"$dir/stored" &&
+        python3 - "$dir/stored" <<'PY'
+import json, sys
+a = json.load(open(sys.argv[1]))
+for k in "n_ctx question_ids top_logits generated_ids text ttft_ms fetch_ms".split():
+    assert k in a, k
+assert "Python" in a["text"], a["text"]
+PY
+}
+claim "a question of many tokens is answered from the stored cache" answers_alike
+
+full_equals_prefill() {
+    larder put "$docs/doc_a700.txt" --name full --policy full --wait &&
+        larder ask full "Who is this text for?" --max-new 16 --json | field generated_ids >"$dir/a" &&
+        larder ask --model smollm2 --file "$docs/doc_a700.txt" "Who is this text for?" --max-new 16 --json |
+        field generated_ids >"$dir/b" && cmp "$dir/a" "$dir/b"
+}
+claim "a stored full cache answers as a fresh prefill does" full_equals_prefill
+
+again() {
+    larder put "$docs/doc_a700.txt" --name other --policy "$policy" --wait --json | field result >"$dir/r" &&
+        same result "$(cat "$dir/r")" already_stored
+}
+claim "the same document under another name computes nothing" again
+claim "verify finds every byte good" larder verify
+explains() { same reason "$(larder explain-miss --file "$docs/doc_a700.txt" --policy snapkv --json | field reason)" other_policy; }
+claim "explain-miss names the policy as the difference" explains
+
+second_reader() {
+    key=$(field key <"$dir/show")
+    python3 - "$dir/show" >/dev/null <<'PY' && /usr/bin/python3 tests/format/read_entry.py "$dir/d/store" "$key" >"$dir/entry"
+PY
+    python3 - "$dir/entry" "$dir/show" <<'PY'
+import json, sys
+e, s = (json.load(open(p)) for p in sys.argv[1:3])
+assert e["n_ctx"] == s["n_ctx"] and e["policy"] == s["policy"] and e["key"] == s["key"]
+assert e["rows"] == [n for layer in s["rows"] for n in layer]
+assert all(p == sorted(set(p)) and p[-1] < e["n_ctx"] for p in e["positions"])
+assert "Whetting" in e["text"] or "Python" in e["text"]
+PY
+}
+claim "a second reader, written from FORMAT.md, decodes the entry" second_reader
+
+stops() { stop_daemon TERM; [ ! -e "$dir/d/larder.sock" ]; }
+claim "a clean stop leaves no socket" stops
+claim "after a restart the entry is there" start_daemon
+claim "and answers" larder ask a700 "What is the name of the programming language?" --max-new 4
+removed() { larder rm a700 && fails_with LARDER_ENOTFOUND larder show a700; }
+claim "a removed entry is gone" removed
+exit $rc

@@ -1,0 +1,133 @@
+#!/usr/bin/python3
+"""A second reader of the store, written from store/FORMAT.md alone: no code of ours.
+
+read_entry.py STORE_DIR KEY_HEX prints the entry as JSON: identity, rows, positions, and a
+SHA-256 of the K and V bytes (bf16) of every (layer, KV head).
+"""
+import hashlib
+import json
+import struct
+import sys
+
+import lmdb
+import xxhash
+import zstandard
+
+MIB = 1 << 20
+NAMES = ("namespace", "policy", "model", "template", "backend")
+
+
+class Reader:
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, n):
+        self.at += n
+        return self.data[self.at - n:self.at]
+
+    def num(self, fmt):
+        return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt)))[0]
+
+    def varint(self):
+        value = shift = 0
+        while True:
+            byte = self.num("B")
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+
+def manifest(data):
+    assert hashlib.sha256(data[:-32]).digest() == data[-32:], "manifest hash"
+    r, m = Reader(data[:-32]), {}
+    assert r.num("I") == 0x4d44524c and r.num("I") == 1
+    m["id"] = r.num("Q")
+    for name in ("key", "model_fp", "tokenizer_fp", "template_fp"):
+        m[name] = r.take(32).hex()
+    for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim", "precision", "flags", "n_ctx", "next_pos", "n_vocab"):
+        m[name] = r.num("I")
+    m["sel_layer"] = r.num("i")
+    for name in ("created", "prefill_ms", "text_len", "positions_len", "extra_len"):
+        m[name] = r.num("Q")
+    for name in NAMES:
+        m[name] = r.take(r.num("H")).decode()
+    m["rows"] = [r.num("I") for _ in range(m["n_layers"] * m["n_kv_heads"])]
+    m["extents"] = [(r.num("B"), r.num("B"), r.num("H"), r.num("I"), r.num("I"), r.take(16)) for _ in range(r.num("I"))]
+    assert r.at == len(r.data)
+    return m
+
+
+def inflate(frame, size):
+    out = zstandard.ZstdDecompressor().decompress(frame)
+    assert len(out) == size
+    return out
+
+
+def decode(codec, stored, raw_len):
+    if codec == 0:
+        return stored
+    if codec == 2:
+        return inflate(stored, raw_len)
+    frame_len, half = struct.unpack("<I", stored[:4])[0], raw_len // 2
+    exponent, rest = inflate(stored[4:4 + frame_len], half), stored[4 + frame_len:]
+    out = bytearray(raw_len)
+    for i in range(half):
+        rotated = exponent[i] << 8 | rest[i]
+        struct.pack_into("<H", out, 2 * i, rotated >> 1 | (rotated & 1) << 15)
+    return bytes(out)
+
+
+def streams(txn, extents, m):
+    out = [b"", b""]
+    for index, (stream, codec, _, raw_len, stored_len, digest) in enumerate(m["extents"]):
+        stored = txn.get(struct.pack(">QI", m["id"], index), db=extents)
+        assert len(stored) == stored_len
+        raw = decode(codec, bytes(stored), raw_len)
+        assert len(raw) == raw_len <= MIB and xxhash.xxh3_128(raw).digest() == digest, "extent hash"
+        out[stream] += raw
+    return out
+
+
+def positions(data, m):
+    r, out = Reader(data), []
+    for rows in m["rows"]:
+        runs, at, mine = r.varint(), 0, []
+        if not runs and rows:
+            mine = next(p for p in reversed(out) if p)
+        for _ in range(runs):
+            at += r.varint()
+            length = r.varint() + 1
+            mine = mine + list(range(at, at + length))
+            at += length
+        assert len(mine) == rows
+        out.append(mine)
+    return out
+
+
+def main():
+    env = lmdb.open(sys.argv[1], readonly=True, max_dbs=16, lock=False)
+    entries, extents = env.open_db(b"entries", create=False), env.open_db(b"extents", create=False)
+    with env.begin() as txn:
+        m = manifest(bytes(txn.get(bytes.fromhex(sys.argv[2]), db=entries)))
+        rows, aux = streams(txn, extents, m)
+    a = Reader(aux)
+    m["tokens"] = list(struct.unpack("<%dI" % m["n_ctx"], a.take(4 * m["n_ctx"])))
+    m["text"] = a.take(m["text_len"]).decode()
+    m["positions"] = positions(a.take(m["positions_len"]), m)
+    m["logits"] = list(struct.unpack("<%de" % m["n_vocab"], a.take(2 * m["n_vocab"])))
+    m["extra"] = json.loads(a.take(m["extra_len"]))
+    assert m["precision"] == 1, "this reader knows bf16 rows"
+    r = Reader(rows)
+    m["k"], m["v"] = [], []
+    for n in m["rows"]:
+        for tile in ("k", "v"):
+            m[tile].append(hashlib.sha256(r.take(2 * n * m["head_dim"])).hexdigest())
+        r.take(2 * n if m["flags"] & 1 else 0)
+    assert r.at == len(rows)
+    m["extents"] = len(m["extents"])
+    json.dump(m, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
