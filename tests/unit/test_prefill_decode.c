@@ -81,6 +81,35 @@ static void resuming_equals_one_long_prefill(void **state)
     b->ops->close(b);
 }
 
+/* Many new rows at once take a path of their own in a backend. */
+static void a_long_question_equals_one_long_prefill(void **state)
+{
+    enum { LONG = 75 };
+    struct model m = fake_model();
+    struct backend *b = open_backend(&m, 2);
+    struct outcome doc = {0}, both = {0};
+    struct past_rows past[HEADS];
+    struct weights *w = NULL;
+    struct decode *d = NULL;
+    float got[FAKE_VOCAB];
+    uint32_t ids[N];
+
+    (void)state;
+    make_ids(ids, N);
+    prefill_ids(b, ids, N, "full", &both);
+    prefill_ids(b, ids, N - LONG, "full", &doc);
+    as_past(&doc, past);
+    assert_int_equal(weights_load(&w, b, NULL), 0);
+    assert_int_equal(decode_open(&d, b, w, past, N - LONG, LONG, NULL), 0);
+    assert_int_equal(decode_step(d, ids + N - LONG, LONG, got, NULL), 0);
+    assert_true(worst(both.r.logits, got) < 1e-4f);
+    decode_close(d);
+    weights_free(w);
+    drop(&doc);
+    drop(&both);
+    b->ops->close(b);
+}
+
 static void question_may_come_in_pieces(void **state)
 {
     struct model m = fake_model();
@@ -261,6 +290,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pruned_cache_that_kept_everything_answers_bit_for_bit),
         cmocka_unit_test(resuming_equals_one_long_prefill),
+        cmocka_unit_test(a_long_question_equals_one_long_prefill),
         cmocka_unit_test(question_may_come_in_pieces),
         cmocka_unit_test(decoding_without_a_cache_is_a_prefill),
         cmocka_unit_test(past_rows_may_be_bf16),
