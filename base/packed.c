@@ -430,7 +430,7 @@ void packed_expand_v_f32(enum kv_dtype t, const uint8_t *tile, uint32_t n, uint3
 }
 
 /* Exact rows are bf16, scales f16: neither may have all exponent bits set. */
-static bool finite(const uint8_t *tile, const struct packed_parts *p)
+static bool tile_finite(const uint8_t *tile, const struct packed_parts *p)
 {
     uint32_t bad = 0;
 
@@ -445,12 +445,12 @@ bool packed_finite_k(enum kv_dtype t, const uint8_t *tile, uint32_t n, uint32_t 
 {
     struct packed_parts p = packed_parts_k(t, n, d);
 
-    return finite(tile, &p);
+    return tile_finite(tile, &p);
 }
 
 bool packed_finite_v(enum kv_dtype t, const uint8_t *tile, uint32_t n, uint32_t d)
 {
     struct packed_parts p = packed_parts_v(t, n, d);
 
-    return finite(tile, &p);
+    return tile_finite(tile, &p);
 }
