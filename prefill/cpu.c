@@ -438,7 +438,7 @@ static int cpu_finish(struct backend *b, const struct layer *layer, float *hidde
     return rc ? rc : finish_work(&w, finish_item, e);
 }
 
-/* ---- attention in bf16; in f32 it is ref's */
+/* ---- attention in bf16; in f32 it is cpu_attend.c's */
 
 struct attention {
     struct cpu_backend *b;
@@ -482,7 +482,7 @@ static int cpu_attend(struct backend *b, const struct attend *a, struct larder_e
     struct attention x = {.b = cpu_of(b), .a = a};
 
     if (b->elem == KV_F32)
-        return ref_attend(b, a, e);
+        return cpu_attend_f32(b, a, e);
     x.packed_bytes = (cpu_attend_pack_bytes(a->n, geom->head_dim) + 63) & ~63ull;
     x.scratch_bytes = (cpu_attend_scratch_bytes(geom->head_dim) + 63) & ~63ull;
     x.packed = mem_aligned(x.packed_bytes, geom->n_kv_heads);

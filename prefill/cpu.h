@@ -9,6 +9,7 @@
 
 #include <dnnl.h>
 
+#include "mul.h"
 #include "pool.h"
 #include "ref.h"
 
@@ -31,7 +32,7 @@ struct cpu_shape {
 };
 
 struct cpu_backend {
-    struct ref_backend ref; /* its f32 attention serves dtype f32; first, so that it is one */
+    struct ref_backend ref; /* its product serves the window; first, so that it is one */
     struct thread_pool *pool;
     dnnl_engine_t engine;
     dnnl_stream_t stream;
@@ -91,6 +92,11 @@ void cpu_attend_pack(const uint16_t *k, const uint16_t *v, uint32_t n, uint32_t 
 /* o rows of query rows row .. row+rows-1 of one query head; q: [..][d], o: row stride o_stride. */
 void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint32_t d, uint32_t row,
                      uint32_t rows, uint16_t *o, uint64_t o_stride, uint8_t *scratch);
+
+/* ---- cpu_attend.c: many rows, in f32 whatever the element type */
+#define CPU_MANY_ROWS 16u /* from here on gathering the keys pays */
+int cpu_attend_f32(struct backend *b, const struct attend *a, struct larder_err *e);
+int cpu_resume_many(struct backend *b, const struct resume *r, struct larder_err *e);
 
 /* ---- cpu_score.c: window mass, resumed rows, single dot products */
 /* rows[at .. at + n) · x, rows of the given type. */

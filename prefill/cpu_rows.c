@@ -3,6 +3,9 @@
  * The one idea: loops over fixed groups of 16 lanes, written so that the compiler turns
  * them into vectors of whatever width the processor has; the lanes, not the
  * instruction set, fix the order of every sum, so all variants agree bit for bit. */
+/* For the whole file, so that functions still inline into each other. Without traps a
+ * conditional becomes a blend and loops over it become vectors. */
+#pragma GCC optimize("O3", "fp-contract=off", "no-trapping-math")
 #include <math.h>
 #include <string.h>
 
@@ -10,9 +13,11 @@
 #include "half.h"
 
 #define LANES 16u
-#define FAST                                                                                       \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
-                   optimize("O3", "fp-contract=off")))
+#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+
+/* Half of the lanes: a vector that every instruction set can hold. */
+typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t half_mask __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* Pairwise, so that the order is fixed. */
 static inline float sum_lanes(const float *x)
@@ -111,36 +116,44 @@ FAST void cpu_rope(const float *x, const float *cs, uint32_t d, float *out)
 
 static inline float silu(float x)
 {
-    float e = exp_neg(x < 0 ? x : -x); /* e^-|x| */
+    float e = exp_neg(-fabsf(x)), top = x < 0 ? x * e : x;
 
-    return x < 0 ? x * e / (1.0f + e) : x / (1.0f + e);
+    return top / (1.0f + e);
 }
 
-FAST void cpu_swiglu(const float *row, uint32_t n_ff, float *out)
+FAST void cpu_swiglu(const float *restrict row, uint32_t n_ff, float *restrict out)
 {
     for (uint32_t i = 0; i < n_ff; i++)
         out[i] = silu(row[i]) * row[n_ff + i];
 }
 
-FAST void cpu_swiglu_bf16(const float *row, uint32_t n_ff, uint16_t *out)
+FAST void cpu_swiglu_bf16(const float *restrict row, uint32_t n_ff, uint16_t *restrict out)
 {
     for (uint32_t i = 0; i < n_ff; i++)
         out[i] = round_bf16(silu(row[i]) * row[n_ff + i]);
 }
 
+static inline void take_max(half_lanes *max, const float *x)
+{
+    const half_lanes *v = (const half_lanes *)x;
+    half_mask is_more = *v > *max;
+
+    *max = (half_lanes)(((half_mask)*v & is_more) | ((half_mask)*max & ~is_more));
+}
+
 FAST float cpu_max(const float *x, uint32_t n)
 {
-    float lane[LANES], max;
+    half_lanes a = (half_lanes){0} - INFINITY, b = a;
+    float max = -INFINITY;
     uint32_t i = 0;
 
-    for (uint32_t l = 0; l < LANES; l++)
-        lane[l] = -INFINITY;
-    for (; i + LANES <= n; i += LANES)
-        for (uint32_t l = 0; l < LANES; l++)
-            lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
-    max = lane[0];
-    for (uint32_t l = 1; l < LANES; l++)
-        max = lane[l] > max ? lane[l] : max;
+    for (; i + LANES <= n; i += LANES) {
+        take_max(&a, x + i);
+        take_max(&b, x + i + LANES / 2);
+    }
+    take_max(&a, (const float *)&b);
+    for (uint32_t l = 0; l < LANES / 2; l++)
+        max = a[l] > max ? a[l] : max;
     for (; i < n; i++)
         max = x[i] > max ? x[i] : max;
     return max;
@@ -148,18 +161,22 @@ FAST float cpu_max(const float *x, uint32_t n)
 
 FAST float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max)
 {
-    float lane[LANES] = {0}, sum;
+    half_lanes a = {0}, b = {0};
+    float lane[LANES], sum;
     uint32_t i = 0;
 
-    for (; i + LANES <= n; i += LANES)
-        for (uint32_t l = 0; l < LANES; l++) {
-            /* a NaN must reach the sum: exp_neg() passes it on */
-            x[i + l] = exp_neg(x[i + l] - max);
-            lane[l] += x[i + l];
-        }
+    /* a NaN must reach the sum: exp_neg() passes it on */
+    for (uint32_t j = 0; j < n; j++)
+        x[j] = exp_neg(x[j] - max);
+    for (; i + LANES <= n; i += LANES) {
+        a += *(const half_lanes *)(x + i);
+        b += *(const half_lanes *)(x + i + LANES / 2);
+    }
+    memcpy(lane, &a, sizeof a);
+    memcpy(lane + LANES / 2, &b, sizeof b);
     sum = sum_lanes(lane);
     for (; i < n; i++)
-        sum += x[i] = exp_neg(x[i] - max);
+        sum += x[i];
     memset(x + n, 0, (wide - n) * sizeof *x);
     return sum;
 }

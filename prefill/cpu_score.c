@@ -233,6 +233,8 @@ int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e)
     uint32_t rows = geom->n_heads / geom->n_kv_heads * r->n_new;
     struct resumed x = {.b = b, .r = r};
 
+    if (r->n_new >= CPU_MANY_ROWS)
+        return cpu_resume_many(b, r, e);
     for (uint32_t g = 0; g < geom->n_kv_heads; g++)
         x.max_keys = r->past[g].n_rows > x.max_keys ? r->past[g].n_rows : x.max_keys;
     x.max_keys += r->n_tail;

@@ -5,6 +5,7 @@
  * attends to both. Positions go on from next_pos whatever was pruned. */
 #include "decode.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -190,25 +191,40 @@ static int check_step(const struct decode *d, const uint32_t *ids, uint32_t n, s
     return 0;
 }
 
-int decode_step(struct decode *d, const uint32_t *ids, uint32_t n, float *logits,
-                struct larder_err *e)
+int decode_step_rows(struct decode *d, const uint32_t *ids, uint32_t n, uint32_t n_last,
+                     float *logits, struct larder_err *e)
 {
     const struct model_params *p = d->b->p;
     struct step s = {0};
     int rc = check_step(d, ids, n, e);
 
+    if (!rc && (!n_last || n_last > n))
+        rc = larder_fail(e, LARDER_EINVAL, "logits of %u of %u new tokens", n_last, n);
     if (!rc)
         rc = step_init(d, ids, n, &s, e);
     for (uint32_t l = 0; l < p->geom.n_layers && !rc; l++)
         rc = step_layer(d, l, &s, e);
     if (!rc)
-        rc = d->b->ops->logits(d->b, d->w->head, s.hidden + (uint64_t)(n - 1) * p->n_hidden, 1,
-                               logits, e);
-    for (uint32_t i = 0; i < p->n_vocab && !rc; i++)
+        rc = d->b->ops->logits(d->b, d->w->head, s.hidden + (uint64_t)(n - n_last) * p->n_hidden,
+                               n_last, logits, e);
+    for (uint64_t i = 0; i < (uint64_t)n_last * p->n_vocab && !rc; i++)
         if (!isfinite(logits[i]))
-            rc = larder_fail(e, LARDER_ENUMERIC, "logit %u is not finite", i);
+            rc = larder_fail(e, LARDER_ENUMERIC, "logit %u is not finite",
+                             (uint32_t)(i % p->n_vocab));
     if (!rc)
         d->n_tail += n;
     step_done(&s);
     return rc;
+}
+
+int decode_step(struct decode *d, const uint32_t *ids, uint32_t n, float *logits,
+                struct larder_err *e)
+{
+    return decode_step_rows(d, ids, n, 1, logits, e);
+}
+
+void decode_rewind(struct decode *d, uint32_t n_keep)
+{
+    assert(n_keep <= d->n_tail);
+    d->n_tail = n_keep;
 }

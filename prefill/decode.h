@@ -30,4 +30,12 @@ void decode_close(struct decode *d);
 int decode_step(struct decode *d, const uint32_t *ids, uint32_t n, float *logits,
                 struct larder_err *e);
 
+/* The same with the logits [n_last][n_vocab] of the last n_last ids (1..n): what scoring a known
+ * answer needs. */
+int decode_step_rows(struct decode *d, const uint32_t *ids, uint32_t n, uint32_t n_last,
+                     float *logits, struct larder_err *e);
+
+/* Forget all new tokens but the first n_keep, of which there must be as many. */
+void decode_rewind(struct decode *d, uint32_t n_keep);
+
 #endif

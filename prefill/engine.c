@@ -65,16 +65,6 @@ static int no_memory(struct larder_err *e, uint32_t n)
     return larder_fail(e, LARDER_ENOMEM, "no memory to prefill %u tokens", n);
 }
 
-static bool is_adaptive(const struct policy *p)
-{
-    return p->kind == POLICY_ASL || p->kind == POLICY_ASL2PASS;
-}
-
-static bool is_two_pass(const struct policy *p)
-{
-    return p->kind == POLICY_GEMFILTER || p->kind == POLICY_ASL2PASS;
-}
-
 /* ---- buffers */
 
 static void run_done(struct run *r)
@@ -133,7 +123,7 @@ static bool alloc_scores(struct run *r)
 
 static bool alloc_ranks(struct run *r)
 {
-    if (!is_adaptive(r->policy) || !r->m)
+    if (!policy_is_adaptive(r->policy) || !r->m)
         return true;
     r->rank = mem_zalloc(r->policy->l_obs, sizeof *r->rank);
     for (uint32_t i = 0; r->rank && i < r->policy->l_obs; i++) {
@@ -244,15 +234,15 @@ static bool is_candidate(const struct run *r, uint32_t layer)
 
     if (!r->m || r->sel_layer >= 0)
         return false;
-    if (is_adaptive(p))
+    if (policy_is_adaptive(p))
         return layer + p->l_obs > p->l_min;
-    return p->kind == POLICY_FASTKV && layer == p->layer;
+    return p->cut == CUT_FIXED && layer == p->layer;
 }
 
 /* Decide whether rows are cut after this candidate layer; s.order then ranks them. */
 static int choose_cut(struct run *r, uint32_t layer, bool *ret_cut, struct larder_err *e)
 {
-    if (is_adaptive(r->policy))
+    if (policy_is_adaptive(r->policy))
         return test_layer(r, layer, ret_cut, e);
     *ret_cut = true;
     return order_tokens(r, e);
@@ -469,14 +459,14 @@ static int scan_layer(struct run *r, uint32_t layer, struct larder_err *e)
 
     if (!rc)
         rc = project(r, l, e);
-    if (!rc && r->policy->kind == POLICY_GEMFILTER) {
+    if (!rc && r->policy->cut == CUT_FIXED2) {
         if (layer == r->policy->layer)
             rc = score_last(r, e);
     } else if (!rc) {
         rc = observe(r, layer, &cut_here, e);
         r->chose = cut_here || last;
     }
-    if (!rc && (cut_here || r->policy->kind == POLICY_GEMFILTER) && r->chose)
+    if (!rc && (cut_here || r->policy->cut == CUT_FIXED2) && r->chose)
         r->sel_layer = (int32_t)layer;
     if (!rc && !r->chose)
         rc = advance(r, l, 0, e);
@@ -562,7 +552,7 @@ static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *orig
 static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32_t *ids, uint32_t n,
                      struct engine_result *res, struct larder_err *e)
 {
-    bool gem = r->policy->kind == POLICY_GEMFILTER;
+    bool gem = r->policy->cut == CUT_FIXED2;
     uint32_t *rows;
     int rc = run_init(r, n, gem ? n : rankable(r->policy, n), e);
 
@@ -651,8 +641,20 @@ static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
     int rc = policy_rows(p, &p->rows, n, &r->rows, e);
 
     if (!rc)
-        rc = policy_rows(p, is_two_pass(p) ? &p->rows : &p->select, n, &r->select, e);
+        rc = policy_rows(p, policy_is_two_pass(p) ? &p->rows : &p->select, n, &r->select, e);
     return rc;
+}
+
+int engine_supports(const struct policy *p, struct larder_err *e)
+{
+    char text[POLICY_TEXT_MAX];
+    bool old = p->obs == OBS_NONE || p->obs == OBS_TAIL || p->obs == OBS_DOT;
+
+    if (old && p->kind <= POLICY_ASL2PASS && p->shape == SHAPE_UNIFORM && !p->sink &&
+        p->precision == KV_BF16 && p->rows.kind != ROWS_AUTO)
+        return 0;
+    policy_print(p, text);
+    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s is not computed yet", text);
 }
 
 int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
@@ -665,14 +667,17 @@ int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const str
     int rc = check_ids(b->p, ids, n, e);
 
     if (!rc)
+        rc = engine_supports(policy, e);
+    if (!rc)
         rc = policy_resolve(&p, b->p->geom.n_layers, e);
     if (!rc)
         rc = set_budgets(&proto, n, e);
     if (rc)
         return rc;
-    if (is_two_pass(&p) && proto.select >= n)
+    if (policy_is_two_pass(&p) && proto.select >= n)
         p = (struct policy){.kind = POLICY_FULL}; /* nothing to choose: everything stays */
-    rc = is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e) : one_pass(&proto, ids, n, &res, e);
+    rc = policy_is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e)
+                                : one_pass(&proto, ids, n, &res, e);
     if (rc) {
         engine_result_done(&res);
         return rc;

@@ -5,7 +5,8 @@
  *            cut after any layer. Surviving rows leave through a sink, layer by layer.
  * Ownership  Results are filled in and freed with engine_result_done().
  * Threads    One run at a time per backend.
- * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY, LARDER_ENUMERIC (a
+ * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY,
+ *            LARDER_EUNSUPPORTED (a policy that is not computed yet), LARDER_ENUMERIC (a
  *            score or a logit is not finite: nothing may be stored), LARDER_ECANCELED, and the
  *            backend's.
  */
@@ -52,6 +53,9 @@ struct engine_result {
     float *logits; /* [n_vocab] of the last row */
     double load_ms, prefill_ms;
 };
+
+/* LARDER_EUNSUPPORTED for a policy that parses and that no engine computes yet. */
+int engine_supports(const struct policy *p, struct larder_err *e);
 
 int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);

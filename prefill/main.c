@@ -20,10 +20,15 @@ static const struct command commands[] = {
      ENGINE_BITS | BIT(MODEL) | BIT(FILE) | BIT(TOKENS) | BIT(POLICY) | BIT(TEMPLATE) | BIT(JSON),
      main_trace},
     {"ask",
-     "--model PATH (--image-fd N | --file F | --doc-tokens F) (--tokens F | QUESTION) [options]",
+     "--model PATH (--image-fd N | --file F | --doc-tokens F) (--tokens F | --questions F | "
+     "QUESTION) "
+     "[options]",
      ENGINE_BITS | BIT(MODEL) | BIT(IMAGE_FD) | BIT(FILE) | BIT(DOC_TOKENS) | BIT(TOKENS) |
-         BIT(POLICY) | BIT(TEMPLATE) | BIT(MAX_NEW) | BIT(IGNORE_EOS) | BIT(TRACE) | BIT(JSON),
+         BIT(QUESTIONS) | BIT(POLICY) | BIT(TEMPLATE) | BIT(MAX_NEW) | BIT(IGNORE_EOS) |
+         BIT(TRACE) | BIT(JSON),
      main_ask},
+    {"tokenize", "--model PATH (--file F | --strings F) [--template T] [--json]",
+     BIT(MODEL) | BIT(FILE) | BIT(STRINGS) | BIT(TEMPLATE) | BIT(JSON) | BIT(HELP), main_tokenize},
     {"info", "--model PATH [--json]", BIT(MODEL) | BIT(JSON) | BIT(HELP), main_info},
     {"worker", "(--fd N | --connect PATH) --model NAME=PATH[,template=T]... [options]",
      ENGINE_BITS | BIT(MODEL) | BIT(KNOWN) | BIT(FD) | BIT(CONNECT), main_worker},

@@ -1,22 +1,16 @@
 /* main_ask.c - larder-prefill ask: answer a question about a document or a stored image.
  *
- * The one idea: an image, a pruned prefill and a full one all end as a list of past
- * rows per (layer, KV head), and the same decode goes on from there. Greedy: the most
- * likely token, ties to the lower id. */
+ * The one idea: an image, a pruned prefill and a full one all end as past rows
+ * (main_past.h), and the same decode goes on from there. Many questions at once, with
+ * known answers, are main_score.c's. */
 #include "main_common.h"
 
 #include <stdio.h>
 #include <string.h>
 
-#include "decode.h"
-#include "larder_image.h"
-#include "textout.h"
+#include "main_past.h"
 #include "mem.h"
-#include "memfile.h"
-#include "sha256.h"
-#include "tokenizer.h"
 
-#define MAX_IMAGE_BYTES (1ull << 40)
 #define DEFAULT_MAX_NEW 128u
 
 struct question {
@@ -24,22 +18,11 @@ struct question {
     size_t n;
 };
 
-struct answer {
-    uint32_t *ids; /* [max] */
-    uint32_t n, max;
-    struct text_out text;
+/* One answer with what is said about it. */
+struct reply {
+    struct answer a;
     json_t *top; /* after the question */
     double first_ms, decode_ms;
-};
-
-/* What the question attends to. */
-struct past {
-    struct past_rows *rows; /* [n_layers * n_kv_heads], owned */
-    uint32_t n_ctx, next_pos;
-    const void *map; /* the image's */
-    uint64_t map_bytes;
-    struct cache cache; /* the prefill's */
-    struct engine_result result;
 };
 
 struct ask {
@@ -52,168 +35,25 @@ struct ask {
     double load_ms;
 };
 
-/* ---- what comes before the question */
-
-static void past_done(struct past *p)
-{
-    mem_free(p->rows);
-    memfile_unmap(p->map, p->map_bytes);
-    cache_done(&p->cache);
-    engine_result_done(&p->result);
-    *p = (struct past){0};
-}
-
-static int alloc_past(const struct ask *a, struct past *p, struct larder_err *e)
-{
-    const struct kv_geom *g = &a->s.backend->p->geom;
-
-    p->rows = mem_zalloc((uint64_t)g->n_layers * g->n_kv_heads, sizeof *p->rows);
-    return p->rows ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the list of rows");
-}
-
-static int same_fingerprint(const char *what, const uint8_t image[32], const uint8_t model[32],
-                            struct larder_err *e)
-{
-    char a[65], b[65];
-
-    if (!memcmp(image, model, 32))
-        return 0;
-    sha256_hex(image, a);
-    sha256_hex(model, b);
-    return larder_fail(e, LARDER_EINVAL,
-                       "the image was made with %s %.16s..., this model has %.16s...; name the "
-                       "model it was made with",
-                       what, a, b);
-}
-
-static int check_image(struct ask *a, const struct larder_image *im, struct larder_err *e)
-{
-    const struct model_params *p = model_params(a->s.model);
-    uint8_t model[32], tok[32];
-    int rc = model_fingerprint(a->s.model, model, e);
-
-    if (!rc)
-        rc = same_fingerprint("model", im->model_fingerprint, model, e);
-    if (rc)
-        return rc;
-    tokenizer_fingerprint(model_tokenizer(a->s.model), tok);
-    rc = same_fingerprint("tokenizer", im->tokenizer_fingerprint, tok, e);
-    if (rc)
-        return rc;
-    if (im->n_layers != p->geom.n_layers || im->n_kv_heads != p->geom.n_kv_heads ||
-        im->n_heads != p->geom.n_heads || im->head_dim != p->geom.head_dim)
-        return larder_fail(e, LARDER_EDAMAGED, "the image's shape is not its model's");
-    if (im->dtype != LARDER_ROWS_BF16 && im->dtype != LARDER_ROWS_F32)
-        return larder_fail(e, LARDER_EUNSUPPORTED,
-                           "rows in f16 cannot be resumed from yet; fetch "
-                           "the entry as bf16");
-    return 0;
-}
-
-static int past_from_image(struct ask *a, int fd, struct past *p, struct larder_err *e)
-{
-    struct larder_image im;
-    int rc = memfile_map(fd, UINT64_MAX, MAX_IMAGE_BYTES, &p->map, &p->map_bytes, e);
-
-    if (!rc)
-        rc = larder_image_check(p->map, p->map_bytes, &im, e);
-    if (!rc)
-        rc = check_image(a, &im, e);
-    if (!rc)
-        rc = alloc_past(a, p, e);
-    if (rc)
-        return rc;
-    for (uint32_t l = 0; l < im.n_layers; l++) {
-        for (uint32_t g = 0; g < im.n_kv_heads; g++) {
-            struct larder_rows r = larder_image_rows(&im, l, g);
-
-            p->rows[l * im.n_kv_heads + g] = (struct past_rows){
-                r.n_rows, im.dtype == LARDER_ROWS_F32 ? KV_F32 : KV_BF16, r.k, r.v, r.bias};
-        }
-    }
-    p->n_ctx = im.n_ctx;
-    p->next_pos = im.next_pos;
-    return 0;
-}
-
-static int past_from_document(struct ask *a, const struct policy *policy, struct past *p,
-                              struct larder_err *e)
-{
-    const struct kv_geom *g = &a->s.backend->p->geom;
-    struct engine_sink sink = {&p->cache, cache_add, NULL};
-    int rc = cache_init(&p->cache, a->s.backend, true, e);
-
-    if (!rc)
-        rc = alloc_past(a, p, e);
-    if (!rc)
-        rc = engine_prefill(a->s.backend, a->doc.ids, a->doc.n, policy, &sink, &p->result, e);
-    if (rc)
-        return rc;
-    for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
-        const struct cached_head *h = &p->cache.head[i];
-
-        p->rows[i] = (struct past_rows){h->n_rows, p->cache.elem, h->k, h->v, NULL};
-    }
-    p->n_ctx = p->result.n_ctx;
-    p->next_pos = p->result.next_pos;
-    return 0;
-}
-
 /* ---- the answer */
 
-static uint32_t best_id(const float *logits, uint32_t n)
+static int generate(struct ask *a, struct decode *d, float *logits, double start, struct reply *r,
+                    struct larder_err *e)
 {
-    uint32_t best = 0;
-
-    for (uint32_t i = 1; i < n; i++)
-        if (logits[i] > logits[best])
-            best = i;
-    return best;
-}
-
-/* Take a token: false when it ends the answer. */
-static bool take_token(struct ask *a, struct answer *ans, uint32_t id)
-{
-    const struct tokenizer *t = model_tokenizer(a->s.model);
-    size_t len = 0;
-    const char *piece;
-
-    if (!a->ignore_eos && (int64_t)id == tokenizer_eos(t))
-        return false;
-    ans->ids[ans->n++] = id;
-    piece = tokenizer_piece(t, id, &len);
-    if (piece && !tokenizer_is_special(t, id))
-        text_out_add(&ans->text, piece, len);
-    return true;
-}
-
-static int generate(struct ask *a, struct decode *d, float *logits, double start,
-                    struct answer *ans, struct larder_err *e)
-{
-    uint32_t n_vocab = a->s.backend->p->n_vocab;
     double first;
     int rc = decode_step(d, a->q.ids, (uint32_t)a->q.n, logits, e);
 
     if (rc)
         return rc;
-    ans->top = json_top_logits(logits, n_vocab);
+    r->top = json_top_logits(logits, a->s.backend->p->n_vocab);
     first = clock_ms();
-    ans->first_ms = first - start;
-    while (ans->n < ans->max) {
-        uint32_t id = best_id(logits, n_vocab);
-
-        if (!take_token(a, ans, id) || ans->n == ans->max)
-            break;
-        rc = decode_step(d, &id, 1, logits, e);
-        if (rc)
-            return rc;
-    }
-    ans->decode_ms = clock_ms() - first;
-    text_out_end(&ans->text);
-    return 0;
+    r->first_ms = first - start;
+    rc = answer_generate(&a->s, d, logits, &r->a, e);
+    r->decode_ms = clock_ms() - first;
+    return rc;
 }
 
-static int answer(struct ask *a, const struct past *p, double start, struct answer *ans,
+static int answer(struct ask *a, const struct past *p, double start, struct reply *r,
                   struct larder_err *e)
 {
     const struct model_params *mp = a->s.backend->p;
@@ -221,47 +61,37 @@ static int answer(struct ask *a, const struct past *p, double start, struct answ
     float *logits = mem_alloc(mp->n_vocab, sizeof *logits);
     uint64_t left = mp->n_positions > p->next_pos ? mp->n_positions - p->next_pos : 0;
     uint64_t room = a->q.n + (uint64_t)a->max_new;
-    int rc = 0;
+    int rc = logits ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the answer");
 
     /* The answer may reach the model's last position; the question must fit. */
     if (a->q.n < left && room > left)
         room = left;
-    ans->max = (uint32_t)(room - a->q.n);
-    ans->ids = mem_alloc(ans->max, sizeof *ans->ids);
-    if (!logits || !ans->ids)
-        rc = larder_fail(e, LARDER_ENOMEM, "no memory for the answer");
+    if (!rc)
+        rc = answer_init(&r->a, (uint32_t)(room - a->q.n), e);
     if (!rc)
         rc = decode_open(&d, a->s.backend, a->w, p->rows, p->next_pos, (uint32_t)room, e);
     if (!rc)
-        rc = generate(a, d, logits, start, ans, e);
+        rc = generate(a, d, logits, start, r, e);
     decode_close(d);
     mem_free(logits);
     return rc;
 }
 
-static json_t *json_ids(const uint32_t *ids, size_t n)
-{
-    json_t *all = json_array();
-
-    for (size_t i = 0; i < n; i++)
-        json_array_append_new(all, json_integer(ids[i]));
-    return all;
-}
-
 static json_t *json_answer(const struct ask *a, const struct policy *policy, const struct past *p,
-                           const struct answer *ans)
+                           const struct reply *reply)
 {
     const struct backend *b = a->s.backend;
     const struct engine_result *r = &p->result;
-    double steps = ans->n > 1 ? ans->n - 1 : 0;
-    json_t *j = json_pack(
-        "{sI sI so sO so ss% sf sf sf sf so ss ss ss}", "n_ctx", (json_int_t)p->n_ctx, "next_pos",
-        (json_int_t)p->next_pos, "question_ids", json_ids(a->q.ids, a->q.n), "top_logits", ans->top,
-        "generated_ids", json_ids(ans->ids, ans->n), "text", ans->text.buf, ans->text.len,
-        "ttft_ms", ans->first_ms - r->load_ms, "prefill_ms", r->prefill_ms, "load_ms", a->load_ms,
-        "decode_tokens_per_s", ans->decode_ms > 0 ? steps * 1e3 / ans->decode_ms : 0.0, "sel_layer",
-        policy && r->sel_layer >= 0 ? json_integer(r->sel_layer) : json_null(), "backend",
-        b->ops->name, "dtype", kv_dtype_name(b->elem), "isa", b->isa);
+    double steps = reply->a.n > 1 ? reply->a.n - 1 : 0;
+    json_t *j = json_pack("{sI sI so sO so ss% sf sf sf sf so ss ss ss}", "n_ctx",
+                          (json_int_t)p->n_ctx, "next_pos", (json_int_t)p->next_pos, "question_ids",
+                          json_ids(a->q.ids, a->q.n), "top_logits", reply->top, "generated_ids",
+                          json_ids(reply->a.ids, reply->a.n), "text", reply->a.text.buf,
+                          reply->a.text.len, "ttft_ms", reply->first_ms - r->load_ms, "prefill_ms",
+                          r->prefill_ms, "load_ms", a->load_ms, "decode_tokens_per_s",
+                          reply->decode_ms > 0 ? steps * 1e3 / reply->decode_ms : 0.0, "sel_layer",
+                          policy && r->sel_layer >= 0 ? json_integer(r->sel_layer) : json_null(),
+                          "backend", b->ops->name, "dtype", kv_dtype_name(b->elem), "isa", b->isa);
 
     if (j && policy && a->trace &&
         json_object_set_new(j, "trace", json_trace(b, policy, r, &p->cache))) {
@@ -276,18 +106,18 @@ static json_t *json_answer(const struct ask *a, const struct policy *policy, con
 static int ask_once(struct ask *a, const struct policy *policy, struct past *p, double start,
                     struct larder_err *e)
 {
-    struct answer ans = {.text = {.stream = a->json ? NULL : stdout}};
-    int rc = answer(a, p, start, &ans, e);
+    struct reply r = {
+        .a = {.ignore_eos = a->ignore_eos, .text = {.stream = a->json ? NULL : stdout}}};
+    int rc = answer(a, p, start, &r, e);
 
-    if (!rc && ans.text.failed)
+    if (!rc && r.a.text.failed)
         rc = larder_fail(e, LARDER_EIO, "cannot write the answer");
     if (!rc && a->json)
-        rc = json_print(json_answer(a, policy, p, &ans), e);
+        rc = json_print(json_answer(a, policy, p, &r), e);
     else if (!rc)
         putchar('\n');
-    json_decref(ans.top);
-    text_out_done(&ans.text);
-    mem_free(ans.ids);
+    json_decref(r.top);
+    answer_done(&r.a);
     return rc;
 }
 
@@ -299,7 +129,7 @@ static int ask_document(struct ask *a, const char *text, struct larder_err *e)
     int rc = policy_parse(text, &policy, e);
 
     if (!rc)
-        rc = past_from_document(a, &policy, &past, e);
+        rc = past_from_document(&a->s, &a->doc, &policy, &past, e);
     if (!rc)
         rc = ask_once(a, &policy, &past, start, e);
     past_done(&past);
@@ -309,7 +139,7 @@ static int ask_document(struct ask *a, const char *text, struct larder_err *e)
 static int ask_image(struct ask *a, uint64_t fd, struct larder_err *e)
 {
     struct past past = {0};
-    int rc = past_from_image(a, (int)fd, &past, e);
+    int rc = past_from_image(&a->s, (int)fd, &past, e);
 
     if (!rc)
         rc = ask_once(a, NULL, &past, clock_ms(), e);
@@ -328,8 +158,10 @@ static int check(const struct options *o, struct larder_err *e)
         return main_usage(e, "ask needs one of --image-fd, --file and --doc-tokens");
     if (o->n_args > 1)
         return main_usage(e, "unexpected argument '%.64s'; put the question in quotes", o->arg[1]);
-    if ((o->n_args == 1) == (o->n[OPTION_TOKENS] == 1))
-        return main_usage(e, "ask needs a QUESTION or --tokens, and not both");
+    if (o->n_args + o->n[OPTION_TOKENS] + o->n[OPTION_QUESTIONS] != 1)
+        return main_usage(e, "ask needs one of QUESTION, --tokens and --questions");
+    if (o->n[OPTION_QUESTIONS] && o->n[OPTION_TRACE])
+        return main_usage(e, "--trace goes with one question");
     if (o->n[OPTION_IMAGE_FD] && o->n[OPTION_POLICY])
         return main_usage(e, "--policy goes with a document: an image has its policy");
     for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++)
@@ -382,6 +214,8 @@ int main_ask(const struct options *o, struct larder_err *e)
                     .trace = o->n[OPTION_TRACE]};
     int rc = check(o, e);
 
+    if (!rc && o->n[OPTION_QUESTIONS])
+        return main_score(o, e);
     if (!rc)
         rc = option_number(o, OPTION_IMAGE_FD, 1u << 20, &fd, e);
     if (!rc)

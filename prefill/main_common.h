@@ -31,6 +31,8 @@
     X(FILE, "file", 1, "F", "the document, UTF-8 text")                                            \
     X(DOC_TOKENS, "doc-tokens", 1, "F", "the document as whitespace-separated token ids")          \
     X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)")              \
+    X(QUESTIONS, "questions", 1, "F", "JSONL of questions with known answers, scored one by one")  \
+    X(STRINGS, "strings", 1, "F", "JSONL of strings to tokenise")                                  \
     X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image to resume from")                         \
     X(POLICY, "policy", 1, "P", "pruning policy; may be given several times")                      \
     X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)")                        \
@@ -82,6 +84,8 @@ struct command {
 
 int main_trace(const struct options *o, struct larder_err *e);
 int main_ask(const struct options *o, struct larder_err *e);
+int main_score(const struct options *o, struct larder_err *e); /* ask --questions */
+int main_tokenize(const struct options *o, struct larder_err *e);
 int main_info(const struct options *o, struct larder_err *e);
 int main_worker(const struct options *o, struct larder_err *e);
 
@@ -155,6 +159,19 @@ json_t *json_trace(const struct backend *b, const struct policy *p, const struct
                    const struct cache *c);
 /* Print compactly on one line and release `j`; NULL means that memory ran out. */
 int json_print(json_t *j, struct larder_err *e);
+
+/* A file with one JSON object per line; empty lines are skipped. */
+struct json_lines {
+    const char *path; /* borrowed */
+    char *text;       /* owned */
+    size_t len, at;
+    uint32_t line; /* of the object given last, from 1 */
+};
+
+int json_lines_open(struct json_lines *l, const char *path, struct larder_err *e);
+/* *ret is the caller's; NULL at the end. */
+int json_lines_next(struct json_lines *l, json_t **ret, struct larder_err *e);
+void json_lines_done(struct json_lines *l);
 
 uint64_t peak_bytes(void); /* of this process */
 double clock_ms(void);

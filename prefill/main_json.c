@@ -1,4 +1,4 @@
-/* main_json.c - results of the engine as JSON.
+/* main_json.c - results of the engine as JSON, and files of JSON lines.
  *
  * The one idea: an allocation failure anywhere makes the whole object NULL (jansson's
  * _new functions pass NULL on), and json_print() turns that into one error. */
@@ -6,8 +6,10 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "geom.h"
+#include "mem.h"
 
 /* JSON has no infinity; a ratio to a zero variance is printed as the largest power of ten. */
 #define JSON_INFINITY 1e308
@@ -101,4 +103,45 @@ int json_print(json_t *j, struct larder_err *e)
         rc = larder_fail(e, LARDER_EIO, "cannot write the answer to standard output");
     json_decref(j);
     return rc;
+}
+
+/* ---- lines */
+
+int json_lines_open(struct json_lines *l, const char *path, struct larder_err *e)
+{
+    *l = (struct json_lines){.path = path};
+    return file_read(path, MAIN_MAX_DOCUMENT, &l->text, &l->len, e);
+}
+
+int json_lines_next(struct json_lines *l, json_t **ret, struct larder_err *e)
+{
+    json_error_t why;
+
+    *ret = NULL;
+    while (l->at < l->len && !*ret) {
+        const char *line = l->text + l->at, *end = memchr(line, '\n', l->len - l->at);
+        size_t n = end ? (size_t)(end - line) : l->len - l->at;
+
+        l->at += n + 1;
+        l->line++;
+        if (strspn(line, " \t\r") >= n)
+            continue;
+        *ret = json_loadb(line, n, JSON_REJECT_DUPLICATES, &why);
+        if (!*ret)
+            return larder_fail(e, LARDER_EINVAL, "%.200s, line %u is not JSON: %.160s", l->path,
+                               l->line, why.text);
+    }
+    if (*ret && !json_is_object(*ret)) {
+        json_decref(*ret);
+        *ret = NULL;
+        return larder_fail(e, LARDER_EINVAL, "%.200s, line %u is not a JSON object", l->path,
+                           l->line);
+    }
+    return 0;
+}
+
+void json_lines_done(struct json_lines *l)
+{
+    mem_free(l->text);
+    *l = (struct json_lines){0};
 }

@@ -1,8 +1,9 @@
-/* policy.c - the policy string: one table of names, one of keys.
+/* policy.c - the policy string: parsing, printing, and the checks against model and document.
  *
- * The one idea: a policy uses a fixed set of keys (a bit mask per name), and parsing,
- * defaults and printing all walk the same key table, so that the canonical spelling
- * contains exactly what influences the result and nothing else. */
+ * The one idea: a policy uses a set of keys that follows from its axes (policy_table.c),
+ * and parsing, defaults and printing all walk the same keys, so that the canonical
+ * spelling contains exactly what influences the result and nothing else. The axes are
+ * read first, because the defaults of the other keys depend on them. */
 #include "policy.h"
 
 #include <math.h>
@@ -10,57 +11,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "geom.h"
+#include "policy_table.h"
 
-enum key {
-    KEY_ROWS,
-    KEY_SELECT,
-    KEY_W,
-    KEY_POOL,
-    KEY_POOLKIND,
-    KEY_LMIN,
-    KEY_LOBS,
-    KEY_TAU,
-    KEY_LAYER,
-    N_KEYS,
-};
-
-static const char *const key_name[N_KEYS] = {"rows", "select", "w",   "pool", "poolkind",
-                                             "lmin", "lobs",   "tau", "layer"};
-
-#define BIT(k) (1u << KEY_##k)
-#define WINDOW_KEYS (BIT(ROWS) | BIT(W) | BIT(POOL) | BIT(POOLKIND))
-#define VARIANCE_KEYS (BIT(LMIN) | BIT(LOBS) | BIT(TAU))
-
-static const struct {
-    const char *name;
-    unsigned keys;
-} kinds[] = {
-    [POLICY_FULL] = {"full", 0},
-    [POLICY_SNAPKV] = {"snapkv", WINDOW_KEYS},
-    [POLICY_ASL] = {"asl", WINDOW_KEYS | BIT(SELECT) | VARIANCE_KEYS},
-    [POLICY_FASTKV] = {"fastkv", WINDOW_KEYS | BIT(SELECT) | BIT(LAYER)},
-    [POLICY_GEMFILTER] = {"gemfilter", BIT(ROWS) | BIT(POOL) | BIT(LAYER)},
-    [POLICY_ASL2PASS] = {"asl2pass", WINDOW_KEYS | VARIANCE_KEYS},
-};
-#define N_KINDS (sizeof kinds / sizeof kinds[0])
-
+#define BIT POLICY_BIT
 #define MAX_WINDOW 4096u
 #define MAX_POOL 1023u
+#define MAX_CHUNK 65536u
 #define MAX_TAU 1e6
-#define AUTO UINT32_MAX
-
-static bool is_used(const struct policy *p, enum key k)
-{
-    return kinds[p->kind].keys >> k & 1u;
-}
+#define MAX_ITEMS 32u
 
 /* ---- values */
 
-static int bad_value(struct larder_err *e, enum key k, const char *v, const char *want)
+static int bad_value(struct larder_err *e, enum policy_key k, const char *v, const char *want)
 {
-    return larder_fail(e, LARDER_EPOLICY, "policy: %s=%.40s is not valid; %s takes %s", key_name[k],
-                       v, key_name[k], want);
+    return larder_fail(e, LARDER_EPOLICY, "policy: %s=%.40s is not valid; %s takes %s",
+                       policy_key_name(k), v, policy_key_name(k), want);
 }
 
 /* Plain decimal digits up to max. */
@@ -113,37 +78,45 @@ static void print_decimal(double v, char *out, size_t cap)
     }
 }
 
-static int set_budget(struct row_budget *b, enum key k, const char *v, struct larder_err *e)
+/* A share such as 25%. */
+static bool read_percent(const char *v, double *ret)
 {
-    const char *want = "a number of rows, a share such as 25%, or all";
     size_t len = strlen(v);
     char share[32];
     double pct;
-    uint32_t n;
 
-    if (!strcmp(v, "all")) {
-        *b = (struct row_budget){ROWS_ALL, 0};
-        return 0;
-    }
-    if (read_count(v, KV_MAX_CTX, &n) && n > 0) {
-        *b = (struct row_budget){ROWS_COUNT, n};
-        return 0;
-    }
     if (len < 2 || len >= sizeof share || v[len - 1] != '%')
-        return bad_value(e, k, v, want);
+        return false;
     memcpy(share, v, len - 1);
     share[len - 1] = '\0';
-    if (!read_decimal(share, 100, &pct) || pct <= 0)
-        return bad_value(e, k, v, want);
-    /* The whole document has one spelling. */
-    *b = pct == 100 ? (struct row_budget){ROWS_ALL, 0} : (struct row_budget){ROWS_SHARE, pct};
+    if (!read_decimal(share, 100, &pct))
+        return false;
+    *ret = pct;
+    return true;
+}
+
+static int set_budget(struct row_budget *b, enum policy_key k, const char *v, struct larder_err *e)
+{
+    double pct;
+    uint32_t n;
+
+    if (!strcmp(v, "all"))
+        *b = (struct row_budget){ROWS_ALL, 0};
+    else if (k == KEY_ROWS && !strcmp(v, "auto"))
+        *b = (struct row_budget){ROWS_AUTO, 0};
+    else if (read_count(v, KV_MAX_CTX, &n) && n > 0)
+        *b = (struct row_budget){ROWS_COUNT, n};
+    else if (read_percent(v, &pct) && pct > 0) /* the whole document has one spelling */
+        *b = pct == 100 ? (struct row_budget){ROWS_ALL, 0} : (struct row_budget){ROWS_SHARE, pct};
+    else
+        return bad_value(e, k, v, "a number of rows, a share such as 25%, or all");
     return 0;
 }
 
-static int set_layer(uint32_t *to, enum key k, const char *v, struct larder_err *e)
+static int set_layer(uint32_t *to, enum policy_key k, const char *v, struct larder_err *e)
 {
     if (!strcmp(v, "auto")) {
-        *to = AUTO;
+        *to = POLICY_AUTO;
         return 0;
     }
     if (!read_count(v, KV_MAX_LAYERS, to))
@@ -151,15 +124,102 @@ static int set_layer(uint32_t *to, enum key k, const char *v, struct larder_err 
     return 0;
 }
 
-static int set_pool_kind(struct policy *p, const char *v, struct larder_err *e)
+static int set_count(uint32_t *to, enum policy_key k, const char *v, uint32_t min, uint32_t max,
+                     const char *want, struct larder_err *e)
 {
-    if (strcmp(v, "avg") && strcmp(v, "max"))
-        return bad_value(e, KEY_POOLKIND, v, "avg or max");
-    p->pool = *v == 'a' ? POOL_AVG : POOL_MAX;
+    uint32_t n;
+
+    if (!read_count(v, max, &n) || n < min)
+        return bad_value(e, k, v, want);
+    *to = n;
     return 0;
 }
 
-static int set_value(struct policy *p, enum key k, const char *v, struct larder_err *e)
+static int set_decimal(double *to, enum policy_key k, const char *v, double max, const char *want,
+                       struct larder_err *e)
+{
+    return read_decimal(v, max, to) ? 0 : bad_value(e, k, v, want);
+}
+
+static int set_percent(double *to, enum policy_key k, const char *v, struct larder_err *e)
+{
+    return read_percent(v, to) ? 0 : bad_value(e, k, v, "a share from 0% to 100%");
+}
+
+static int set_word(unsigned *to, enum policy_key k, const char *v, struct larder_err *e)
+{
+    char all[128];
+    size_t at = 0;
+
+    for (unsigned i = 0; policy_word(k, i); i++) {
+        if (!strcmp(v, policy_word(k, i))) {
+            *to = i;
+            return 0;
+        }
+        at += (size_t)snprintf(all + at, sizeof all - at, "%s%s",
+                               !i                      ? ""
+                               : policy_word(k, i + 1) ? ", "
+                                                       : " or ",
+                               policy_word(k, i));
+    }
+    return bad_value(e, k, v, all);
+}
+
+static int set_pool(struct policy *p, const char *v, struct larder_err *e)
+{
+    uint32_t n;
+
+    if (!read_count(v, MAX_POOL, &n) || n % 2 == 0)
+        return bad_value(e, KEY_POOL, v, "an odd number from 1 to 1023");
+    p->pool_kernel = n;
+    return 0;
+}
+
+static int set_replay(struct policy *p, const char *v, struct larder_err *e)
+{
+    double pct;
+
+    if (!read_percent(v, &pct) || (pct != 100 && pct != 50 && pct != 25))
+        return bad_value(e, KEY_REPLAY, v, "100%, 50% or 25%");
+    p->replay = (uint32_t)pct;
+    return 0;
+}
+
+static int set_precision(struct policy *p, const char *v, struct larder_err *e)
+{
+    static const enum kv_dtype some[] = {KV_BF16, KV_INT8, KV_INT4};
+
+    for (size_t i = 0; i < sizeof some / sizeof some[0]; i++) {
+        if (!strcmp(v, kv_dtype_name(some[i]))) {
+            p->precision = some[i];
+            return 0;
+        }
+    }
+    return bad_value(e, KEY_PRECISION, v, "bf16, int8 or int4");
+}
+
+/* Keys that choose among words. */
+static int set_choice(struct policy *p, enum policy_key k, const char *v, struct larder_err *e)
+{
+    unsigned word = 0;
+    int rc = set_word(&word, k, v, e);
+
+    if (rc)
+        return rc;
+    if (k == KEY_OBS)
+        p->obs = (enum obs_kind)word;
+    else if (k == KEY_SHAPE)
+        p->shape = (enum shape_kind)word;
+    else if (k == KEY_CUT)
+        p->cut = (enum cut_kind)word;
+    else if (k == KEY_FIT)
+        p->fit = (enum fit_kind)word;
+    else
+        p->pool = (enum pool_kind)word;
+    return 0;
+}
+
+static int set_value(struct policy *p, enum policy_key k, const char *v, struct larder_err *e)
 {
     switch (k) {
     case KEY_ROWS:
@@ -167,27 +227,45 @@ static int set_value(struct policy *p, enum key k, const char *v, struct larder_
     case KEY_SELECT:
         return set_budget(&p->select, k, v, e);
     case KEY_W:
-        if (!read_count(v, MAX_WINDOW, &p->n_obs) || !p->n_obs)
-            return bad_value(e, k, v, "a number of rows from 1 to 4096");
-        return 0;
+        return set_count(&p->n_obs, k, v, 1, MAX_WINDOW, "a number of rows from 1 to 4096", e);
     case KEY_POOL:
-        if (!read_count(v, MAX_POOL, &p->pool_kernel) || p->pool_kernel % 2 == 0)
-            return bad_value(e, k, v, "an odd number from 1 to 1023");
-        return 0;
-    case KEY_POOLKIND:
-        return set_pool_kind(p, v, e);
+        return set_pool(p, v, e);
     case KEY_LMIN:
         return set_layer(&p->l_min, k, v, e);
     case KEY_LOBS:
-        if (!read_count(v, KV_MAX_LAYERS, &p->l_obs) || p->l_obs < 2)
-            return bad_value(e, k, v, "a number of layers from 2");
-        return 0;
+        return set_count(&p->l_obs, k, v, 2, KV_MAX_LAYERS, "a number of layers from 2", e);
     case KEY_TAU:
-        if (!read_decimal(v, MAX_TAU, &p->tau))
-            return bad_value(e, k, v, "a decimal number such as 0.3");
-        return 0;
+        return set_decimal(&p->tau, k, v, MAX_TAU, "a decimal number such as 0.3", e);
     case KEY_LAYER:
         return set_layer(&p->layer, k, v, e);
+    case KEY_SINK:
+        return set_count(&p->sink, k, v, 0, MAX_WINDOW, "a number of rows from 0 to 4096", e);
+    case KEY_GUARD:
+        return set_percent(&p->guard, k, v, e);
+    case KEY_EPS:
+        return set_decimal(&p->eps, k, v, 1, "a decimal number from 0 to 1", e);
+    case KEY_CHUNK:
+        return set_count(&p->chunk, k, v, 16, MAX_CHUNK, "a number of tokens from 16 to 65536", e);
+    case KEY_REPLAY:
+        return set_replay(p, v, e);
+    case KEY_RECENT:
+        return set_percent(&p->recent, k, v, e);
+    case KEY_DECAY:
+        return set_decimal(&p->decay, k, v, 1, "a decimal number from 0 to 1", e);
+    case KEY_CONTEXT:
+        return set_count(&p->context, k, v, 0, KV_MAX_CTX, "a number of rows", e);
+    case KEY_WEIGHT:
+        return set_decimal(&p->weight, k, v, 1e3, "a decimal number up to 1000", e);
+    case KEY_MAX_KL:
+        return set_decimal(&p->max_kl, k, v, 1e3, "a decimal number such as 0.02", e);
+    case KEY_PRECISION:
+        return set_precision(p, v, e);
+    case KEY_POOLKIND:
+    case KEY_OBS:
+    case KEY_SHAPE:
+    case KEY_CUT:
+    case KEY_FIT:
+        return set_choice(p, k, v, e);
     case N_KEYS:
         break;
     }
@@ -196,88 +274,86 @@ static int set_value(struct policy *p, enum key k, const char *v, struct larder_
 
 /* ---- parse */
 
-static struct policy defaults(enum policy_kind kind)
-{
-    struct policy p = {
-        .kind = kind,
-        .rows = {ROWS_COUNT, 2048},
-        .select = {ROWS_COUNT, 2048},
-        .n_obs = 32,
-        .pool_kernel = kind == POLICY_GEMFILTER ? 5 : 7,
-        .pool = POOL_AVG,
-        .l_min = AUTO,
-        .l_obs = 8,
-        .tau = 0.3,
-        .layer = AUTO,
-    };
-
-    if (kind == POLICY_FULL)
-        p.rows = p.select = (struct row_budget){ROWS_ALL, 0};
-    if (!is_used(&p, KEY_W))
-        p.n_obs = 0; /* no window: every row may be dropped */
-    return p;
-}
-
-static void list_kinds(char *out, size_t cap)
-{
-    size_t at = 0;
-
-    for (size_t i = 0; i < N_KINDS; i++)
-        at += (size_t)snprintf(out + at, cap - at, "%s%s", i ? ", " : "", kinds[i].name);
-}
+struct item {
+    const char *key, *value;
+};
 
 static void list_keys(const struct policy *p, char *out, size_t cap)
 {
+    unsigned keys = policy_keys_taken(p);
     size_t at = 0;
 
-    snprintf(out, cap, "no keys");
     for (int k = 0; k < N_KEYS; k++)
-        if (is_used(p, k))
-            at += (size_t)snprintf(out + at, cap - at, "%s%s", at ? ", " : "", key_name[k]);
+        if (keys >> k & 1u)
+            at += (size_t)snprintf(out + at, cap - at, "%s%s", at ? ", " : "", policy_key_name(k));
 }
 
-static int find_kind(const char *name, enum policy_kind *ret, struct larder_err *e)
+static int split(char *rest, struct item items[MAX_ITEMS], uint32_t *ret_n, struct larder_err *e)
 {
-    char all[128];
+    uint32_t n = 0;
 
-    for (size_t i = 0; i < N_KINDS; i++) {
-        if (!strcmp(name, kinds[i].name)) {
-            *ret = (enum policy_kind)i;
-            return 0;
+    while (rest) {
+        char *item = strsep(&rest, ","), *eq = strchr(item, '=');
+
+        if (!eq)
+            return larder_fail(e, LARDER_EPOLICY, "policy: '%.40s' is not of the form key=value",
+                               item);
+        if (n == MAX_ITEMS)
+            return larder_fail(e, LARDER_EPOLICY, "policy: more than %u keys", MAX_ITEMS);
+        *eq = '\0';
+        items[n++] = (struct item){item, eq + 1};
+    }
+    *ret_n = n;
+    return 0;
+}
+
+/* Keys among `keys`, which may be given once each. */
+static int set_items(struct policy *p, const struct item *items, uint32_t n, unsigned keys,
+                     unsigned *seen, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        for (int k = 0; k < N_KEYS && !rc; k++) {
+            if (!(keys >> k & 1u) || strcmp(items[i].key, policy_key_name(k)))
+                continue;
+            if (*seen >> k & 1u)
+                return larder_fail(e, LARDER_EPOLICY, "policy: %s is given twice", items[i].key);
+            *seen |= 1u << k;
+            rc = set_value(p, k, items[i].value, e);
         }
     }
-    list_kinds(all, sizeof all);
-    return larder_fail(e, LARDER_EPOLICY, "policy: no policy is named '%.40s'; there are %s", name,
-                       all);
+    return rc;
 }
 
-static int set_item(struct policy *p, char *item, unsigned *seen, struct larder_err *e)
+static int no_strangers(const struct policy *p, const struct item *items, uint32_t n,
+                        struct larder_err *e)
 {
-    char *eq = strchr(item, '=');
-    char keys[128];
+    unsigned taken = policy_keys_taken(p);
+    char keys[256];
 
-    if (!eq)
-        return larder_fail(e, LARDER_EPOLICY, "policy: '%.40s' is not of the form key=value", item);
-    *eq = '\0';
-    for (int k = 0; k < N_KEYS; k++) {
-        if (strcmp(item, key_name[k]) || !is_used(p, k))
+    for (uint32_t i = 0; i < n; i++) {
+        int k = 0;
+
+        while (k < N_KEYS && (!(taken >> k & 1u) || strcmp(items[i].key, policy_key_name(k))))
+            k++;
+        if (k < N_KEYS)
             continue;
-        if (*seen >> k & 1u)
-            return larder_fail(e, LARDER_EPOLICY, "policy: %s is given twice", item);
-        *seen |= 1u << k;
-        return set_value(p, k, eq + 1, e);
+        list_keys(p, keys, sizeof keys);
+        return larder_fail(e, LARDER_EPOLICY, "policy: %s does not take '%.40s'; it takes %s",
+                           policy_kind_name(p->kind), items[i].key, keys);
     }
-    list_keys(p, keys, sizeof keys);
-    return larder_fail(e, LARDER_EPOLICY, "policy: %s does not take '%.40s'; it takes %s",
-                       kinds[p->kind].name, item, keys);
+    return 0;
 }
 
 int policy_parse(const char *text, struct policy *ret, struct larder_err *e)
 {
+    struct item items[MAX_ITEMS] = {{NULL, NULL}};
     char buf[POLICY_TEXT_MAX];
     enum policy_kind kind = POLICY_FULL;
     struct policy p;
-    unsigned seen = 0;
+    unsigned seen = 0, axes;
+    uint32_t n = 0;
     char *rest = buf;
     int rc;
 
@@ -285,15 +361,26 @@ int policy_parse(const char *text, struct policy *ret, struct larder_err *e)
         return larder_fail(e, LARDER_EPOLICY, "policy: longer than %u characters",
                            POLICY_TEXT_MAX - 1);
     memcpy(buf, text, strlen(text) + 1);
-    rc = find_kind(strsep(&rest, ","), &kind, e);
+    rc = policy_kind_find(strsep(&rest, ","), &kind, e);
+    if (!rc)
+        rc = split(rest, items, &n, e);
     if (rc)
         return rc;
-    p = defaults(kind);
-    while (rest) {
-        rc = set_item(&p, strsep(&rest, ","), &seen, e);
-        if (rc)
-            return rc;
+    p = policy_defaults(kind);
+    axes = policy_keys_taken(&p) & POLICY_AXES;
+    rc = set_items(&p, items, n, axes, &seen, e);
+    if (!rc) {
+        policy_follow_axes(&p);
+        rc = no_strangers(&p, items, n, e);
     }
+    if (!rc)
+        rc = set_items(&p, items, n, policy_keys_taken(&p) & ~axes, &seen, e);
+    if (!rc)
+        rc = policy_check(&p, e);
+    if (!rc && seen & BIT(MAX_KL) && p.rows.kind != ROWS_AUTO)
+        rc = larder_fail(e, LARDER_EPOLICY, "policy: max_kl goes with rows=auto");
+    if (rc)
+        return rc;
     if (!(seen & BIT(SELECT)))
         p.select = p.rows;
     *ret = p;
@@ -306,8 +393,8 @@ static void print_budget(const struct row_budget *b, char *out, size_t cap)
 {
     char num[40];
 
-    if (b->kind == ROWS_ALL) {
-        snprintf(out, cap, "all");
+    if (b->kind == ROWS_ALL || b->kind == ROWS_AUTO) {
+        snprintf(out, cap, "%s", b->kind == ROWS_ALL ? "all" : "auto");
         return;
     }
     print_decimal(b->value, num, sizeof num);
@@ -316,58 +403,92 @@ static void print_budget(const struct row_budget *b, char *out, size_t cap)
 
 static void print_layer(uint32_t layer, char *out, size_t cap)
 {
-    if (layer == AUTO)
+    if (layer == POLICY_AUTO)
         snprintf(out, cap, "auto");
     else
         snprintf(out, cap, "%u", layer);
 }
 
-static void print_value(const struct policy *p, enum key k, char *out, size_t cap)
+/* Keys that are numbers of rows, tokens or layers. */
+static bool print_count(const struct policy *p, enum policy_key k, char *out, size_t cap)
 {
-    switch (k) {
-    case KEY_ROWS:
-        print_budget(&p->rows, out, cap);
-        return;
-    case KEY_SELECT:
-        print_budget(&p->select, out, cap);
-        return;
-    case KEY_W:
-        snprintf(out, cap, "%u", p->n_obs);
-        return;
-    case KEY_POOL:
-        snprintf(out, cap, "%u", p->pool_kernel);
-        return;
+    const uint32_t *x = k == KEY_W         ? &p->n_obs
+                        : k == KEY_POOL    ? &p->pool_kernel
+                        : k == KEY_LOBS    ? &p->l_obs
+                        : k == KEY_SINK    ? &p->sink
+                        : k == KEY_CHUNK   ? &p->chunk
+                        : k == KEY_CONTEXT ? &p->context
+                                           : NULL;
+
+    if (x)
+        snprintf(out, cap, "%u", *x);
+    return x;
+}
+
+static bool print_number(const struct policy *p, enum policy_key k, char *out, size_t cap)
+{
+    double x = k == KEY_TAU      ? p->tau
+               : k == KEY_GUARD  ? p->guard
+               : k == KEY_EPS    ? p->eps
+               : k == KEY_RECENT ? p->recent
+               : k == KEY_DECAY  ? p->decay
+               : k == KEY_WEIGHT ? p->weight
+               : k == KEY_MAX_KL ? p->max_kl
+               : k == KEY_REPLAY ? (double)p->replay
+                                 : -1;
+    bool share = k == KEY_GUARD || k == KEY_RECENT || k == KEY_REPLAY;
+
+    if (x < 0)
+        return false;
+    print_decimal(x, out, cap - 1);
+    if (share)
+        memcpy(out + strlen(out), "%", 2);
+    return true;
+}
+
+static const char *word_now(const struct policy *p, enum policy_key k)
+{
+    switch ((int)k) {
+    case KEY_OBS:
+        return policy_word(k, p->obs);
+    case KEY_SHAPE:
+        return policy_word(k, p->shape);
+    case KEY_CUT:
+        return policy_word(k, p->cut);
+    case KEY_FIT:
+        return policy_word(k, p->fit);
     case KEY_POOLKIND:
-        snprintf(out, cap, "%s", p->pool == POOL_AVG ? "avg" : "max");
-        return;
-    case KEY_LMIN:
-        print_layer(p->l_min, out, cap);
-        return;
-    case KEY_LOBS:
-        snprintf(out, cap, "%u", p->l_obs);
-        return;
-    case KEY_TAU:
-        print_decimal(p->tau, out, cap);
-        return;
-    case KEY_LAYER:
-        print_layer(p->layer, out, cap);
-        return;
-    case N_KEYS:
-        break;
+        return policy_word(k, p->pool);
+    default:
+        return kv_dtype_name(p->precision);
     }
-    *out = '\0';
+}
+
+static void print_value(const struct policy *p, enum policy_key k, char *out, size_t cap)
+{
+    if (k == KEY_ROWS)
+        print_budget(&p->rows, out, cap);
+    else if (k == KEY_SELECT)
+        print_budget(&p->select, out, cap);
+    else if (k == KEY_LMIN)
+        print_layer(p->l_min, out, cap);
+    else if (k == KEY_LAYER)
+        print_layer(p->layer, out, cap);
+    else if (!print_count(p, k, out, cap) && !print_number(p, k, out, cap))
+        snprintf(out, cap, "%s", word_now(p, k));
 }
 
 void policy_print(const struct policy *p, char out[POLICY_TEXT_MAX])
 {
-    size_t at = (size_t)snprintf(out, POLICY_TEXT_MAX, "%s", kinds[p->kind].name);
+    size_t at = (size_t)snprintf(out, POLICY_TEXT_MAX, "%s", policy_kind_name(p->kind));
+    unsigned keys = policy_keys_printed(p);
     char value[64];
 
     for (int k = 0; k < N_KEYS; k++) {
-        if (!is_used(p, k))
+        if (!(keys >> k & 1u))
             continue;
         print_value(p, k, value, sizeof value);
-        at += (size_t)snprintf(out + at, POLICY_TEXT_MAX - at, ",%s=%s", key_name[k], value);
+        at += (size_t)snprintf(out + at, POLICY_TEXT_MAX - at, ",%s=%s", policy_key_name(k), value);
     }
 }
 
@@ -375,7 +496,7 @@ void policy_print(const struct policy *p, char out[POLICY_TEXT_MAX])
 
 static int resolve_lmin(struct policy *p, uint32_t n_layers, struct larder_err *e)
 {
-    if (p->l_min == AUTO)
+    if (p->l_min == POLICY_AUTO)
         p->l_min = n_layers / 3;
     if (p->l_min >= n_layers)
         return larder_fail(e, LARDER_EPOLICY, "policy: lmin=%u, but the model's layers are 0 to %u",
@@ -392,12 +513,12 @@ int policy_resolve(struct policy *p, uint32_t n_layers, struct larder_err *e)
 {
     uint64_t n = n_layers;
 
-    if (is_used(p, KEY_LMIN))
+    if (policy_is_adaptive(p))
         return resolve_lmin(p, n_layers, e);
-    if (!is_used(p, KEY_LAYER))
+    if (p->cut != CUT_FIXED && p->cut != CUT_FIXED2)
         return 0;
-    if (p->layer == AUTO) /* the papers' 15 and 13 of 32 layers */
-        p->layer = (uint32_t)(n * (p->kind == POLICY_FASTKV ? 15 : 13) / 32);
+    if (p->layer == POLICY_AUTO) /* FastKV's 15 and GemFilter's 13 of 32 layers */
+        p->layer = (uint32_t)(n * (p->cut == CUT_FIXED ? 15 : 13) / 32);
     if (p->layer >= n_layers)
         return larder_fail(e, LARDER_EPOLICY,
                            "policy: layer=%u, but the model's layers are 0 to %u", p->layer,
@@ -405,20 +526,29 @@ int policy_resolve(struct policy *p, uint32_t n_layers, struct larder_err *e)
     return 0;
 }
 
+double policy_rows_exact(const struct row_budget *b, uint32_t n)
+{
+    if (b->kind == ROWS_COUNT)
+        return fmin(n, b->value);
+    return b->kind == ROWS_SHARE ? n * b->value / 100 : n;
+}
+
 int policy_rows(const struct policy *p, const struct row_budget *b, uint32_t n, uint32_t *ret,
                 struct larder_err *e)
 {
-    double rows = n;
+    double rows = floor(policy_rows_exact(b, n));
+    uint32_t stay = p->n_obs + p->sink;
 
-    if (b->kind == ROWS_COUNT)
-        rows = fmin(n, b->value);
-    else if (b->kind == ROWS_SHARE)
-        rows = floor(n * b->value / 100);
-    if (rows < n && rows <= p->n_obs)
+    if (rows < n && rows <= stay && !p->sink)
         return larder_fail(e, LARDER_EBUDGET,
                            "a budget of %.0f of %u rows cannot hold more than the observation "
                            "window of %u; raise rows and select above w",
                            rows, n, p->n_obs);
+    if (rows < n && rows <= stay)
+        return larder_fail(e, LARDER_EBUDGET,
+                           "a budget of %.0f of %u rows cannot hold more than the first %u and the "
+                           "last %u, which always stay; raise rows and select above %u",
+                           rows, n, p->sink, p->n_obs, stay);
     *ret = (uint32_t)rows;
     return 0;
 }

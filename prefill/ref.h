@@ -15,7 +15,7 @@
 
 #include "backend.h"
 
-#define REF_WIDE 16u  /* columns of a panel */
+#define REF_WIDE 16u  /* columns of a panel: those of mul.h */
 #define REF_BLOCK 64u /* rows that one item of work takes */
 
 /* W^T in panels of REF_WIDE columns, zero-padded: [n_out / 16][n_in][16]. */
@@ -94,6 +94,28 @@ int ref_head_load(struct backend *b, struct head **ret, struct larder_err *e);
 void ref_head_free(struct backend *b, struct head *h);
 int ref_logits(struct backend *b, const struct head *h, const float *hidden, uint32_t n, float *out,
                struct larder_err *e);
+
+/* Keys and values of one KV head in the layout that products want: first the stored rows that
+ * new ones attend to, then the sequence's own. */
+struct ref_keys {
+    float *k;          /* [n_keys / 16][head_dim][16], zero-padded */
+    float *v;          /* [n_keys][padded head_dim], or NULL */
+    const float *bias; /* of the first n_past keys, or NULL; borrowed */
+    uint32_t n_past;
+};
+
+struct ref_source {
+    const void *k, *v; /* [n_kv_heads][stride][head_dim]; v NULL: keys only */
+    enum kv_dtype dtype;
+    uint32_t n;
+    uint64_t stride;
+    const struct past_rows *past; /* [n_kv_heads] or NULL */
+};
+
+/* *ret: [n_kv_heads], to be released with ref_gather_free() (accepts NULL). */
+int ref_gather(const struct kv_geom *geom, const struct ref_source *s, struct ref_keys **ret,
+               struct larder_err *e);
+void ref_gather_free(struct ref_keys *g, uint32_t n_kv_heads);
 
 int ref_attend(struct backend *b, const struct attend *a, struct larder_err *e);
 int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e);

@@ -13,14 +13,6 @@
 #include "half.h"
 #include "mem.h"
 
-/* Keys and values of one KV head, gathered. */
-struct gathered {
-    float *k;          /* [n_keys / 16][head_dim][16], zero-padded */
-    float *v;          /* [n_keys][padded head_dim] */
-    const float *bias; /* of the first n_past keys, or NULL */
-    uint32_t n_past;
-};
-
 struct attention {
     ref_mul_fn *mul;
     const struct kv_geom *geom;
@@ -30,14 +22,14 @@ struct attention {
     uint32_t row0;       /* first one that is wanted */
     uint32_t n_keys;     /* after the stored ones; the last query row sees all of them */
     uint32_t n_blocks;   /* of REF_BLOCK rows, per query head */
-    struct gathered *kv; /* [n_kv_heads] */
+    struct ref_keys *kv; /* [n_kv_heads] */
     float *scratch;
     uint64_t per_worker;
     float *o;    /* attention output, or NULL */
     float *mass; /* [n_heads][n_keys - n_rows]: window mass, or NULL */
 };
 
-static void gather_row(struct gathered *g, uint32_t at, const float *k, const float *v, uint32_t d,
+static void gather_row(struct ref_keys *g, uint32_t at, const float *k, const float *v, uint32_t d,
                        uint32_t pad)
 {
     float *kp = g->k + (uint64_t)(at / REF_WIDE) * d * REF_WIDE + at % REF_WIDE;
@@ -48,38 +40,30 @@ static void gather_row(struct gathered *g, uint32_t at, const float *k, const fl
         memcpy(g->v + (uint64_t)at * pad, v, d * sizeof *v);
 }
 
-static void widen(const uint16_t *x, uint32_t n, float *out)
+/* d elements at `at` as f32: in place, or through `buf`. */
+static const float *widened(const void *x, enum kv_dtype t, uint64_t at, uint32_t d, float *buf)
 {
-    for (uint32_t i = 0; i < n; i++)
-        out[i] = bf16_to_f32(x[i]);
+    if (t == KV_F32)
+        return (const float *)x + at;
+    for (uint32_t i = 0; i < d; i++)
+        buf[i] = bf16_to_f32(((const uint16_t *)x)[at + i]);
+    return buf;
 }
 
-static void gather_past(struct gathered *g, const struct past_rows *p, uint32_t d, uint32_t pad,
+static void gather_past(struct ref_keys *g, const struct past_rows *p, uint32_t d, uint32_t pad,
                         float *row)
 {
     for (uint32_t i = 0; i < p->n_rows; i++) {
         uint64_t at = (uint64_t)i * d;
 
-        if (p->dtype == KV_F32) {
-            gather_row(g, i, (const float *)p->k + at, (const float *)p->v + at, d, pad);
-            continue;
-        }
-        widen((const uint16_t *)p->k + at, d, row);
-        widen((const uint16_t *)p->v + at, d, row + d);
-        gather_row(g, i, row, row + d, d, pad);
+        gather_row(g, i, widened(p->k, p->dtype, at, d, row),
+                   widened(p->v, p->dtype, at, d, row + d), d, pad);
     }
     g->bias = p->bias;
     g->n_past = p->n_rows;
 }
 
-struct source {
-    const float *k, *v; /* [n_kv_heads][stride][head_dim]; v NULL: keys only */
-    uint32_t n;
-    uint64_t stride;
-    const struct past_rows *past; /* [n_kv_heads] or NULL */
-};
-
-static void gather_free(struct gathered *g, uint32_t n_kv_heads)
+void ref_gather_free(struct ref_keys *g, uint32_t n_kv_heads)
 {
     if (!g)
         return;
@@ -90,8 +74,8 @@ static void gather_free(struct gathered *g, uint32_t n_kv_heads)
     mem_free(g);
 }
 
-static int gather_head(const struct kv_geom *geom, const struct source *s, uint32_t head,
-                       struct gathered *g)
+static int gather_head(const struct kv_geom *geom, const struct ref_source *s, uint32_t head,
+                       struct ref_keys *g)
 {
     uint32_t d = geom->head_dim, pad = ref_padded(d);
     uint32_t n_past = s->past ? s->past[head].n_rows : 0;
@@ -107,23 +91,25 @@ static int gather_head(const struct kv_geom *geom, const struct source *s, uint3
         gather_past(g, &s->past[head], d, pad, row);
     for (uint32_t i = 0; i < s->n; i++) {
         uint64_t at = (head * s->stride + i) * d;
+        const float *k = widened(s->k, s->dtype, at, d, row);
+        const float *v = s->v ? widened(s->v, s->dtype, at, d, row + d) : NULL;
 
-        gather_row(g, n_past + i, s->k + at, s->v ? s->v + at : NULL, d, pad);
+        gather_row(g, n_past + i, k, v, d, pad);
     }
     mem_free(row);
     return 0;
 }
 
-static int gather(const struct kv_geom *geom, const struct source *s, struct gathered **ret,
-                  struct larder_err *e)
+int ref_gather(const struct kv_geom *geom, const struct ref_source *s, struct ref_keys **ret,
+               struct larder_err *e)
 {
-    struct gathered *g = mem_zalloc(geom->n_kv_heads, sizeof *g);
+    struct ref_keys *g = mem_zalloc(geom->n_kv_heads, sizeof *g);
     int rc = g ? 0 : LARDER_ENOMEM;
 
     for (uint32_t h = 0; h < geom->n_kv_heads && !rc; h++)
         rc = gather_head(geom, s, h, &g[h]);
     if (rc) {
-        gather_free(g, geom->n_kv_heads);
+        ref_gather_free(g, geom->n_kv_heads);
         return larder_fail(e, rc, "no memory for the keys and values of one layer");
     }
     *ret = g;
@@ -131,7 +117,7 @@ static int gather(const struct kv_geom *geom, const struct source *s, struct gat
 }
 
 /* p[0..n) = softmax(x * scale + bias), zero up to `wide`. */
-static void softmax_row(float *x, uint32_t n, uint32_t wide, float scale, const struct gathered *g)
+static void softmax_row(float *x, uint32_t n, uint32_t wide, float scale, const struct ref_keys *g)
 {
     float max = -INFINITY;
     double sum = 0;
@@ -158,7 +144,7 @@ static void logits(const struct attention *a, uint32_t h, uint32_t row, uint32_t
                    float *x, uint64_t ld)
 {
     uint32_t d = a->geom->head_dim;
-    const struct gathered *g = &a->kv[h / (a->geom->n_heads / a->geom->n_kv_heads)];
+    const struct ref_keys *g = &a->kv[h / (a->geom->n_heads / a->geom->n_kv_heads)];
     struct ref_mul m = {a->q + (h * a->q_stride + row) * d,
                         d,
                         n,
@@ -181,7 +167,7 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
     uint32_t h = item % n_heads;
     uint32_t row = a->row0 + item / n_heads * REF_BLOCK;
     uint32_t n = a->n_rows - row < REF_BLOCK ? a->n_rows - row : REF_BLOCK;
-    const struct gathered *g = &a->kv[h / (n_heads / a->geom->n_kv_heads)];
+    const struct ref_keys *g = &a->kv[h / (n_heads / a->geom->n_kv_heads)];
     uint32_t first = g->n_past + (a->n_keys - a->n_rows) + row + 1; /* keys the first row sees */
     uint32_t n_keys = first + n - 1;
     uint64_t ld = ref_padded(n_keys);
@@ -195,7 +181,7 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
                              a->o + ((uint64_t)row * n_heads + h) * d, (uint64_t)n_heads * d, d});
 }
 
-static uint32_t longest_past(const struct kv_geom *geom, const struct gathered *g)
+static uint32_t longest_past(const struct kv_geom *geom, const struct ref_keys *g)
 {
     uint32_t max = 0;
 
@@ -223,31 +209,31 @@ static int attend_all(struct backend *b, struct attention *a, struct larder_err 
 
 int ref_attend(struct backend *b, const struct attend *t, struct larder_err *e)
 {
-    struct source s = {t->k, t->v, t->n, t->stride, NULL};
+    struct ref_source s = {t->k, t->v, KV_F32, t->n, t->stride, NULL};
     struct attention a = {.q = t->q,
                           .q_stride = t->stride,
                           .n_rows = t->n,
                           .row0 = t->row0,
                           .n_keys = t->n,
                           .o = t->o};
-    int rc = gather(&b->p->geom, &s, &a.kv, e);
+    int rc = ref_gather(&b->p->geom, &s, &a.kv, e);
 
     if (!rc)
         rc = attend_all(b, &a, e);
-    gather_free(a.kv, b->p->geom.n_kv_heads);
+    ref_gather_free(a.kv, b->p->geom.n_kv_heads);
     return rc;
 }
 
 int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e)
 {
-    struct source s = {r->k, r->v, r->n_tail, r->stride, r->past};
+    struct ref_source s = {r->k, r->v, KV_F32, r->n_tail, r->stride, r->past};
     struct attention a = {
         .q = r->q, .q_stride = r->q_stride, .n_rows = r->n_new, .n_keys = r->n_tail, .o = r->o};
-    int rc = gather(&b->p->geom, &s, &a.kv, e);
+    int rc = ref_gather(&b->p->geom, &s, &a.kv, e);
 
     if (!rc)
         rc = attend_all(b, &a, e);
-    gather_free(a.kv, b->p->geom.n_kv_heads);
+    ref_gather_free(a.kv, b->p->geom.n_kv_heads);
     return rc;
 }
 
@@ -287,7 +273,7 @@ int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint
                uint32_t w, float *mass, struct larder_err *e)
 {
     const struct kv_geom *geom = &b->p->geom;
-    struct source s = {k, NULL, n, stride, NULL};
+    struct ref_source s = {k, NULL, KV_F32, n, stride, NULL};
     struct attention a = {.mul = ref_of(b)->mul,
                           .geom = geom,
                           .q = q,
@@ -295,7 +281,7 @@ int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint
                           .n_rows = w,
                           .n_keys = n,
                           .mass = mass};
-    int rc = gather(geom, &s, &a.kv, e);
+    int rc = ref_gather(geom, &s, &a.kv, e);
 
     if (rc)
         return rc;
@@ -306,6 +292,6 @@ int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint
     else
         rc = larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", n);
     mem_free(a.scratch);
-    gather_free(a.kv, geom->n_kv_heads);
+    ref_gather_free(a.kv, geom->n_kv_heads);
     return rc;
 }

@@ -1,72 +1,72 @@
 /* ref_mul.c - the matrix product of backend `ref`.
  *
- * The one idea: a tile of rows x 16 columns stays in registers while k runs; each
- * element is one chain of multiply, then add (the tree is compiled with
- * -ffp-contract=off), so every variant below gives the same bits and only the
- * speed differs. No blocking over k, which would need a second rounding order. */
+ * The one idea: the tiles of mul_tile.h without contraction (the tree is compiled with
+ * -ffp-contract=off). Each element is one chain of multiply, then add, so every
+ * variant gives the same bits and only the speed differs. No blocking over k, which
+ * would need a second rounding order. */
 #include "ref.h"
 
-#include <string.h>
+#include "mul.h"
 
-typedef float vec __attribute__((vector_size(REF_WIDE * sizeof(float))));
-typedef float vec_any __attribute__((vector_size(REF_WIDE * sizeof(float)), aligned(4), may_alias));
+#define MUL_NAME generic
+#define MUL_LANES 4
+#define MUL_ROWS 2
+#define MUL_TARGET
+#include "mul_tile.h"
 
-static inline __attribute__((always_inline)) void store(float *c, const vec *v, uint32_t n)
+#if defined(__x86_64__)
+#define MUL_NAME avx2
+#define MUL_LANES 8
+#define MUL_ROWS 4
+#define MUL_TARGET __attribute__((target("avx2")))
+#include "mul_tile.h"
+
+#define MUL_NAME avx512
+#define MUL_LANES 16
+#define MUL_ROWS 8
+#define MUL_TARGET __attribute__((target("avx512f")))
+#include "mul_tile.h"
+#endif
+
+static struct mul plain(const struct ref_mul *x)
 {
-    if (n >= REF_WIDE)
-        *(vec_any *)c = *v;
-    else
-        memcpy(c, v, n * sizeof *c);
-}
-
-/* One tile: `rows` is a constant at every call, so that the array lives in registers. */
-static inline __attribute__((always_inline)) void
-tile(const struct ref_mul *x, const float *a, const float *b, float *c, uint32_t n, const int rows)
-{
-    vec acc[8];
-
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        acc[r] = (vec){0};
-    for (uint32_t k = 0; k < x->k; k++) {
-        vec row = *(const vec_any *)(b + k * x->ldb);
-
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            acc[r] += a[(uint64_t)r * x->lda + k] * row;
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        store(c + (uint64_t)r * x->ldc, &acc[r], n);
-}
-
-static inline __attribute__((always_inline)) void mul_body(const struct ref_mul *x, const int rows)
-{
-    for (uint32_t j = 0; j < x->n; j += REF_WIDE) {
-        const float *b = x->b + (uint64_t)(j / REF_WIDE) * x->panel_stride;
-        uint32_t i = 0;
-
-        for (; i + (uint32_t)rows <= x->m; i += (uint32_t)rows)
-            tile(x, x->a + i * x->lda, b, x->c + i * x->ldc + j, x->n - j, rows);
-        for (; i < x->m; i++)
-            tile(x, x->a + i * x->lda, b, x->c + i * x->ldc + j, x->n - j, 1);
-    }
+    return (struct mul){
+        .a = x->a,
+        .a_row = x->lda,
+        .a_k = 1,
+        .a_panel = MUL_WIDE * x->lda,
+        .b = x->b,
+        .b_k = x->ldb,
+        .b_panel = x->panel_stride,
+        .c = x->c,
+        .c_row = x->ldc,
+        .c_panel = MUL_WIDE,
+        .m = x->m,
+        .n = x->n,
+        .k = x->k,
+    };
 }
 
 static void mul_generic(const struct ref_mul *x)
 {
-    mul_body(x, 2);
+    struct mul m = plain(x);
+
+    generic(&m);
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static void mul_avx2(const struct ref_mul *x)
+static void mul_avx2(const struct ref_mul *x)
 {
-    mul_body(x, 4);
+    struct mul m = plain(x);
+
+    avx2(&m);
 }
 
-__attribute__((target("avx512f"))) static void mul_avx512(const struct ref_mul *x)
+static void mul_avx512(const struct ref_mul *x)
 {
-    mul_body(x, 8);
+    struct mul m = plain(x);
+
+    avx512(&m);
 }
 #endif
 

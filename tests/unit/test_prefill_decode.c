@@ -81,6 +81,35 @@ static void resuming_equals_one_long_prefill(void **state)
     b->ops->close(b);
 }
 
+/* Many new rows at once take a path of their own in a backend. */
+static void a_long_question_equals_one_long_prefill(void **state)
+{
+    enum { LONG = 75 };
+    struct model m = fake_model();
+    struct backend *b = open_backend(&m, 2);
+    struct outcome doc = {0}, both = {0};
+    struct past_rows past[HEADS];
+    struct weights *w = NULL;
+    struct decode *d = NULL;
+    float got[FAKE_VOCAB];
+    uint32_t ids[N];
+
+    (void)state;
+    make_ids(ids, N);
+    prefill_ids(b, ids, N, "full", &both);
+    prefill_ids(b, ids, N - LONG, "full", &doc);
+    as_past(&doc, past);
+    assert_int_equal(weights_load(&w, b, NULL), 0);
+    assert_int_equal(decode_open(&d, b, w, past, N - LONG, LONG, NULL), 0);
+    assert_int_equal(decode_step(d, ids + N - LONG, LONG, got, NULL), 0);
+    assert_true(worst(both.r.logits, got) < 1e-4f);
+    decode_close(d);
+    weights_free(w);
+    drop(&doc);
+    drop(&both);
+    b->ops->close(b);
+}
+
 static void question_may_come_in_pieces(void **state)
 {
     struct model m = fake_model();
@@ -94,6 +123,64 @@ static void question_may_come_in_pieces(void **state)
         assert_true(worst(whole, pieces) < 1e-4f);
     }
     drop(&o);
+}
+
+/* The answer under teacher forcing: row i of one step is the last row of a step that ends there. */
+static void a_step_gives_the_logits_of_its_last_rows(void **state)
+{
+    struct model m = fake_model();
+    struct backend *b = open_backend(&m, 2);
+    struct outcome o = run(&m, N, "snapkv,rows=40,w=8");
+    struct past_rows past[HEADS];
+    static float rows[Q][FAKE_VOCAB];
+    float one[FAKE_VOCAB];
+    struct weights *w = NULL;
+    struct decode *d = NULL;
+
+    (void)state;
+    as_past(&o, past);
+    assert_int_equal(weights_load(&w, b, NULL), 0);
+    for (uint32_t n_last = 1; n_last <= Q; n_last += 2) {
+        assert_int_equal(decode_open(&d, b, w, past, N, Q, NULL), 0);
+        assert_int_equal(decode_step_rows(d, question, Q, n_last, rows[0], NULL), 0);
+        for (uint32_t i = 0; i < n_last; i++) {
+            decode_rewind(d, 0);
+            assert_int_equal(decode_step(d, question, Q - n_last + i + 1, one, NULL), 0);
+            assert_true(worst(rows[i], one) < 1e-4f);
+        }
+        decode_close(d);
+    }
+    weights_free(w);
+    drop(&o);
+    b->ops->close(b);
+}
+
+static void rewinding_forgets_tokens(void **state)
+{
+    static const uint32_t astray[3] = {1, 2, 202};
+    struct model m = fake_model();
+    struct backend *b = open_backend(&m, 2);
+    struct outcome o = run(&m, N, "snapkv,rows=40,w=8");
+    struct past_rows past[HEADS];
+    float want[FAKE_VOCAB], got[FAKE_VOCAB];
+    struct weights *w = NULL;
+    struct decode *d = NULL;
+
+    (void)state;
+    as_past(&o, past);
+    assert_int_equal(weights_load(&w, b, NULL), 0);
+    assert_int_equal(decode_open(&d, b, w, past, N, Q, NULL), 0);
+    assert_int_equal(decode_step(d, question, 4, want, NULL), 0);
+    assert_int_equal(decode_step(d, question + 4, Q - 4, want, NULL), 0);
+    decode_rewind(d, 4);
+    assert_int_equal(decode_step(d, astray, 3, got, NULL), 0);
+    decode_rewind(d, 4);
+    assert_int_equal(decode_step(d, question + 4, Q - 4, got, NULL), 0);
+    assert_memory_equal(want, got, sizeof want);
+    decode_close(d);
+    weights_free(w);
+    drop(&o);
+    b->ops->close(b);
 }
 
 static void decoding_without_a_cache_is_a_prefill(void **state)
@@ -217,6 +304,8 @@ static void decode_refuses_what_does_not_fit(void **state)
     assert_int_equal(decode_step(d, question, 5, logits, NULL), LARDER_ETOOLONG);
     assert_int_equal(decode_step(d, question, 0, logits, NULL), LARDER_EEMPTY);
     assert_int_equal(decode_step(d, &stray, 1, logits, NULL), LARDER_EINVAL);
+    assert_int_equal(decode_step_rows(d, question, 2, 0, logits, NULL), LARDER_EINVAL);
+    assert_int_equal(decode_step_rows(d, question, 2, 3, logits, NULL), LARDER_EINVAL);
     assert_int_equal(decode_step(d, question, 4, logits, NULL), 0);
     assert_int_equal(decode_step(d, question, 1, logits, NULL), LARDER_ETOOLONG);
     decode_close(d);
@@ -261,7 +350,10 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pruned_cache_that_kept_everything_answers_bit_for_bit),
         cmocka_unit_test(resuming_equals_one_long_prefill),
+        cmocka_unit_test(a_long_question_equals_one_long_prefill),
         cmocka_unit_test(question_may_come_in_pieces),
+        cmocka_unit_test(a_step_gives_the_logits_of_its_last_rows),
+        cmocka_unit_test(rewinding_forgets_tokens),
         cmocka_unit_test(decoding_without_a_cache_is_a_prefill),
         cmocka_unit_test(past_rows_may_be_bf16),
         cmocka_unit_test(bias_is_added_to_the_logit),

@@ -45,6 +45,88 @@ static void defaults_are_written_out(void **state)
                   "asl2pass,rows=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
 }
 
+#define TAIL64 "rows=2048,w=64,pool=5,poolkind=avg"
+#define REPLAY "chunk=512,replay=100%"
+
+/* Fixed for ever: keys of stored entries contain these strings. */
+static void every_name_has_its_spelling(void **state)
+{
+    (void)state;
+    assert_prints("pyramidinfer", "pyramidinfer,sink=4,recent=20%,decay=0.9,context=64,weight=1.2");
+    assert_prints("streaming", "streaming,rows=2048,sink=4");
+    assert_prints("keydiff", "keydiff,rows=2048,sink=4");
+    assert_prints("expected", "expected,rows=2048,sink=4,eps=0");
+    assert_prints("tova", "tova,rows=2048");
+    assert_prints("knorm", "knorm,rows=2048,sink=4");
+    assert_prints("observed", "observed,rows=2048");
+    assert_prints("adakv", "adakv," TAIL64 ",obs=tail,guard=20%");
+    assert_prints("pyramidkv", "pyramidkv," TAIL64);
+    assert_prints("criticalkv", "criticalkv," TAIL64 ",obs=tail,shape=uniform");
+    assert_prints("defensive", "defensive,rows=2048,w=32,pool=5,shape=layer,guard=20%");
+    assert_prints("duo", "duo,rows=50%,w=32,sink=4");
+    assert_prints("kvzip", "kvzip,rows=50%,shape=global,sink=4,chunk=2048,replay=100%");
+    assert_prints("kvzip+", "kvzip+,rows=50%,shape=global,sink=4,chunk=2048,replay=100%");
+    assert_prints("matching",
+                  "matching,rows=25%,shape=shares,sink=4," REPLAY ",fit=matching,precision=bf16");
+    assert_prints("offline", "offline,rows=25%,obs=replay,shape=shares,cut=off,sink=4," REPLAY
+                             ",fit=matching,precision=int4");
+}
+
+/* Moving an axis brings the keys of its new place and drops those of the old one. */
+static void keys_follow_the_axes(void **state)
+{
+    (void)state;
+    assert_prints("snapkv,shape=layer,rows=64",
+                  "snapkv,rows=64,w=32,pool=7,poolkind=avg,shape=layer,guard=20%");
+    assert_prints("snapkv,cut=adaptive,sink=4,rows=25%",
+                  "snapkv,rows=25%,select=25%,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3,"
+                  "cut=adaptive,sink=4");
+    assert_prints("asl,obs=keys,precision=int8,rows=9",
+                  "asl,rows=9,select=9,lmin=auto,lobs=8,tau=0.3,obs=keys,precision=int8");
+    assert_prints("adakv,obs=expected", "adakv,rows=2048,obs=expected,guard=20%,eps=0.01");
+    assert_prints("criticalkv,obs=expected,shape=layer",
+                  "criticalkv,rows=2048,obs=expected,shape=layer,guard=20%");
+    assert_prints("kvzip,shape=layer,chunk=256,replay=50%",
+                  "kvzip,rows=50%,shape=layer,sink=4,guard=0%,chunk=256,replay=50%");
+    assert_prints("offline,obs=keys,shape=uniform",
+                  "offline,rows=25%,obs=keys,shape=uniform,cut=off,sink=4,fit=none,precision=int4");
+    assert_prints("matching,rows=auto,max_kl=0.050,fit=values",
+                  "matching,rows=auto,shape=shares,sink=4," REPLAY
+                  ",max_kl=0.05,fit=values,precision=bf16");
+    assert_prints("full,precision=int8", "full,precision=int8");
+    assert_prints("full,precision=bf16", "full");
+    assert_prints("tova,sink=0,cut=off,shape=uniform", "tova,rows=2048");
+}
+
+static void combinations_without_meaning_are_refused(void **state)
+{
+    (void)state;
+    assert_refused("offline,cut=fixed", "a replay must see every row");
+    assert_refused("snapkv,obs=none", "that is policy full");
+    assert_refused("streaming,cut=adaptive", "never change");
+    assert_refused("snapkv,cut=adaptive2,shape=layer", "keeps all of its rows");
+    assert_refused("criticalkv,cut=fixed2", "keeps all of its rows");
+    assert_refused("snapkv,cut=decay", "pyramidinfer's own");
+    assert_refused("snapkv,shape=heads", "duo's own");
+    assert_refused("snapkv,obs=dot,shape=layer", "no common scale");
+    assert_refused("criticalkv,obs=keys", "takes an attention");
+    assert_refused("snapkv,rows=auto,cut=fixed", "takes cut=off");
+    assert_refused("pyramidkv,rows=auto", "no budget");
+    assert_refused("asl,rows=auto", "takes cut=off");
+    assert_refused("matching,max_kl=0.1", "goes with rows=auto");
+    assert_refused("keydiff,fit=matching", "keydiff does not take 'fit'");
+    assert_refused("keydiff,obs=tail", "keydiff does not take 'obs'");
+    assert_refused("adakv,shape=global", "adakv does not take 'shape'");
+    assert_refused("snapkv,obs=keys,w=8", "snapkv does not take 'w'");
+    assert_refused("snapkv,obs=query", "none, tail, probe");
+    assert_refused("full,precision=f16", "bf16, int8 or int4");
+    assert_refused("kvzip,replay=30%", "100%, 50% or 25%");
+    assert_refused("kvzip,chunk=8", "chunk takes");
+    assert_refused("adakv,guard=20", "a share");
+    assert_refused("snapkv,sink=5000", "sink takes");
+    assert_refused("fastkv,select=auto", "select takes");
+}
+
 static void spelling_is_one_per_meaning(void **state)
 {
     const char *canonical =
@@ -83,7 +165,7 @@ static void what_is_wrong_is_named(void **state)
     assert_refused("asl,", "key=value");
     assert_refused("asl,rows", "key=value");
     assert_refused("asl,row=3", "'row'; it takes rows, select, w");
-    assert_refused("full,rows=3", "it takes no keys");
+    assert_refused("full,rows=3", "full does not take 'rows'; it takes precision");
     assert_refused("snapkv,tau=0.3", "snapkv does not take 'tau'");
     assert_refused("gemfilter,w=32", "gemfilter does not take 'w'");
     assert_refused("asl,w=32,w=32", "w is given twice");
@@ -185,6 +267,10 @@ static void budgets_become_rows(void **state)
     assert_int_equal(rows_of("snapkv,rows=100", 70), 70);
     assert_int_equal(rows_of("snapkv,rows=all", 700), 700);
     assert_int_equal(rows_of("snapkv,rows=25%", 700), 175);
+    assert_int_equal(rows_of("keydiff,rows=50%", 700), 350); /* kvpress, removing 0.5 */
+    assert_int_equal(rows_of("keydiff,rows=25%", 700), 175);
+    assert_int_equal(rows_of("keydiff,rows=12.5%", 700), 87);
+    assert_int_equal(rows_of("keydiff,rows=12.5%", 2000), 250);
     assert_int_equal(rows_of("snapkv,rows=29%", 200), 58);
     assert_int_equal(rows_of("snapkv,rows=33%", 201), 66);
     assert_int_equal(rows_of("snapkv,rows=10", 10), 10); /* nothing to drop */
@@ -204,6 +290,9 @@ static void budget_must_hold_more_than_the_window(void **state)
     assert_int_equal(rows, 77);
     assert_int_equal(policy_rows(&p, &p.rows, 33, &rows, &e), LARDER_EBUDGET);
     assert_int_equal(policy_rows(&p, &p.rows, 32, &rows, &e), 0);
+    p = parsed("keydiff,rows=4"); /* more than the first four, which always stay */
+    assert_int_equal(policy_rows(&p, &p.rows, 700, &rows, &e), LARDER_EBUDGET);
+    assert_non_null(strstr(e.msg, "the first 4 and the last 0"));
     p = parsed("snapkv,rows=1%");
     assert_int_equal(policy_rows(&p, &p.rows, 700, &rows, &e), LARDER_EBUDGET);
     p = parsed("gemfilter,rows=1%");
@@ -214,6 +303,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults_are_written_out),
+        cmocka_unit_test(every_name_has_its_spelling),
+        cmocka_unit_test(keys_follow_the_axes),
+        cmocka_unit_test(combinations_without_meaning_are_refused),
         cmocka_unit_test(spelling_is_one_per_meaning),
         cmocka_unit_test(select_follows_rows_unless_given),
         cmocka_unit_test(what_is_wrong_is_named),

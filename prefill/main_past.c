@@ -1,0 +1,213 @@
+/* main_past.c - past rows from an image or a prefill, and greedy generation on top of them.
+ *
+ * An image is used in place; a prefill's rows stay in the cache that collected them. */
+#include "main_past.h"
+
+#include <string.h>
+
+#include "larder_image.h"
+#include "mem.h"
+#include "memfile.h"
+#include "sha256.h"
+#include "tokenizer.h"
+
+#define MAX_IMAGE_BYTES (1ull << 40)
+
+/* ---- what comes before the question */
+
+void past_done(struct past *p)
+{
+    mem_free(p->rows);
+    memfile_unmap(p->map, p->map_bytes);
+    cache_done(&p->cache);
+    engine_result_done(&p->result);
+    *p = (struct past){0};
+}
+
+static int alloc_past(const struct engine_setup *s, struct past *p, struct larder_err *e)
+{
+    const struct kv_geom *g = &s->backend->p->geom;
+
+    p->rows = mem_zalloc((uint64_t)g->n_layers * g->n_kv_heads, sizeof *p->rows);
+    return p->rows ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the list of rows");
+}
+
+static int same_fingerprint(const char *what, const uint8_t image[32], const uint8_t model[32],
+                            struct larder_err *e)
+{
+    char a[65], b[65];
+
+    if (!memcmp(image, model, 32))
+        return 0;
+    sha256_hex(image, a);
+    sha256_hex(model, b);
+    return larder_fail(e, LARDER_EINVAL,
+                       "the image was made with %s %.16s..., this model has %.16s...; name the "
+                       "model it was made with",
+                       what, a, b);
+}
+
+static int check_image(const struct engine_setup *s, const struct larder_image *im,
+                       struct larder_err *e)
+{
+    const struct model_params *p = model_params(s->model);
+    uint8_t model[32], tok[32];
+    int rc = model_fingerprint(s->model, model, e);
+
+    if (!rc)
+        rc = same_fingerprint("model", im->model_fingerprint, model, e);
+    if (rc)
+        return rc;
+    tokenizer_fingerprint(model_tokenizer(s->model), tok);
+    rc = same_fingerprint("tokenizer", im->tokenizer_fingerprint, tok, e);
+    if (rc)
+        return rc;
+    if (im->n_layers != p->geom.n_layers || im->n_kv_heads != p->geom.n_kv_heads ||
+        im->n_heads != p->geom.n_heads || im->head_dim != p->geom.head_dim)
+        return larder_fail(e, LARDER_EDAMAGED, "the image's shape is not its model's");
+    if (im->dtype != LARDER_ROWS_BF16 && im->dtype != LARDER_ROWS_F32)
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "rows in f16 cannot be resumed from yet; fetch "
+                           "the entry as bf16");
+    return 0;
+}
+
+int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct larder_err *e)
+{
+    struct larder_image im;
+    int rc = memfile_map(fd, UINT64_MAX, MAX_IMAGE_BYTES, &p->map, &p->map_bytes, e);
+
+    if (!rc)
+        rc = larder_image_check(p->map, p->map_bytes, &im, e);
+    if (!rc)
+        rc = check_image(s, &im, e);
+    if (!rc)
+        rc = alloc_past(s, p, e);
+    if (rc)
+        return rc;
+    for (uint32_t l = 0; l < im.n_layers; l++) {
+        for (uint32_t g = 0; g < im.n_kv_heads; g++) {
+            struct larder_rows r = larder_image_rows(&im, l, g);
+
+            p->rows[l * im.n_kv_heads + g] = (struct past_rows){
+                r.n_rows, im.dtype == LARDER_ROWS_F32 ? KV_F32 : KV_BF16, r.k, r.v, r.bias};
+        }
+    }
+    p->n_ctx = im.n_ctx;
+    p->next_pos = im.next_pos;
+    return 0;
+}
+
+int past_from_document(const struct engine_setup *s, const struct document *d,
+                       const struct policy *policy, struct past *p, struct larder_err *e)
+{
+    const struct kv_geom *g = &s->backend->p->geom;
+    struct engine_sink sink = {&p->cache, cache_add, NULL};
+    int rc = cache_init(&p->cache, s->backend, true, e);
+
+    if (!rc)
+        rc = alloc_past(s, p, e);
+    if (!rc)
+        rc = engine_prefill(s->backend, d->ids, d->n, policy, &sink, &p->result, e);
+    if (rc)
+        return rc;
+    for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
+        const struct cached_head *h = &p->cache.head[i];
+
+        p->rows[i] = (struct past_rows){h->n_rows, p->cache.elem, h->k, h->v, NULL};
+    }
+    p->n_ctx = p->result.n_ctx;
+    p->next_pos = p->result.next_pos;
+    return 0;
+}
+
+/* ---- how much it is */
+
+static uint32_t n_heads(const struct engine_setup *s)
+{
+    return s->backend->p->geom.n_layers * s->backend->p->geom.n_kv_heads;
+}
+
+uint64_t past_n_rows(const struct engine_setup *s, const struct past *p)
+{
+    uint64_t n = 0;
+
+    for (uint32_t i = 0; i < n_heads(s); i++)
+        n += p->rows[i].n_rows;
+    return n;
+}
+
+/* Rows are stored in bf16 whatever they were computed in; a bias takes two bytes more. */
+uint64_t past_row_bytes(const struct engine_setup *s, const struct past *p)
+{
+    uint64_t row = 2 * s->backend->p->geom.head_dim * kv_dtype_bytes(KV_BF16), n = 0;
+
+    for (uint32_t i = 0; i < n_heads(s); i++)
+        n += p->rows[i].n_rows * (row + (p->rows[i].bias ? 2 : 0));
+    return n;
+}
+
+/* ---- the answer */
+
+int answer_init(struct answer *a, uint32_t max, struct larder_err *e)
+{
+    a->ids = mem_alloc(max, sizeof *a->ids);
+    a->max = max;
+    return a->ids ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the answer");
+}
+
+void answer_done(struct answer *a)
+{
+    text_out_done(&a->text);
+    mem_free(a->ids);
+}
+
+uint32_t answer_best(const float *logits, uint32_t n_vocab)
+{
+    uint32_t best = 0;
+
+    for (uint32_t i = 1; i < n_vocab; i++)
+        if (logits[i] > logits[best])
+            best = i;
+    return best;
+}
+
+bool answer_take(const struct engine_setup *s, struct answer *a, uint32_t id)
+{
+    const struct tokenizer *t = model_tokenizer(s->model);
+    size_t len = 0;
+    const char *piece;
+
+    if (a->n == a->max || (!a->ignore_eos && (int64_t)id == tokenizer_eos(t)))
+        return false;
+    a->ids[a->n++] = id;
+    piece = tokenizer_piece(t, id, &len);
+    if (piece && !tokenizer_is_special(t, id))
+        text_out_add(&a->text, piece, len);
+    return a->n < a->max;
+}
+
+int answer_generate(const struct engine_setup *s, struct decode *d, float *logits, struct answer *a,
+                    struct larder_err *e)
+{
+    uint32_t id = answer_best(logits, s->backend->p->n_vocab);
+
+    while (answer_take(s, a, id)) {
+        int rc = decode_step(d, &id, 1, logits, e);
+
+        if (rc)
+            return rc;
+        id = answer_best(logits, s->backend->p->n_vocab);
+    }
+    text_out_end(&a->text);
+    return 0;
+}
+
+json_t *json_ids(const uint32_t *ids, size_t n)
+{
+    json_t *all = json_array();
+
+    for (size_t i = 0; i < n; i++)
+        json_array_append_new(all, json_integer(ids[i]));
+    return all;
+}
