@@ -47,8 +47,11 @@ isa_flags = $(if $(findstring _avx512bf16.,$1),-O3 -mavx512f -mavx512bw -mavx512
             $(if $(findstring _avx512.,$1),-O3 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mfma) \
             $(if $(findstring _avx2.,$1),-O3 -mavx2 -mfma -mf16c)
 
+# Plain loops that are worth vectors.
+loop_flags = $(if $(filter base/packed.c,$1),-O3)
+
 row = $(if $(filter prefill/main%,$1),$(MAY_prefill_main),$(MAY_$(firstword $(subst /, ,$1))))
-cflags = $(must) -I$(firstword $(subst /, ,$1)) $(addprefix -I,$(call row,$1)) $(CFLAGS) $(call isa_flags,$1)
+cflags = $(must) -I$(firstword $(subst /, ,$1)) $(addprefix -I,$(call row,$1)) $(CFLAGS) $(call isa_flags,$1) $(call loop_flags,$1)
 
 # ---- outside libraries, by directory
 pkg = $(shell pkg-config --libs $1 2>/dev/null || echo -l$(subst lib,,$1))

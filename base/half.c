@@ -1,20 +1,6 @@
 /* half.c - IEEE binary16 in integer arithmetic, so that every machine agrees. */
 #include "half.h"
 
-float f16_to_f32(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
-    uint32_t exp = (h >> 10) & 0x1fu;
-    uint32_t man = h & 0x3ffu;
-
-    if (exp == 0x1f)
-        return bits_f32(sign | 0x7f800000u | (man << 13));
-    if (exp)
-        return bits_f32(sign | ((exp + 112) << 23) | (man << 13));
-    /* subnormal: man * 2^-24 is exact in f32 */
-    return bits_f32(sign | f32_bits((float)man * 0x1p-24f));
-}
-
 uint16_t f32_to_f16(float f)
 {
     uint32_t u = f32_bits(f);

@@ -31,14 +31,23 @@ static inline float bf16_to_f32(uint16_t h)
 /* NaN stays NaN (quiet), everything else rounds to nearest even. */
 static inline uint16_t f32_to_bf16(float f)
 {
-    uint32_t u = f32_bits(f);
+    uint32_t u = f32_bits(f), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 
-    if ((u & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)((u >> 16) | 0x40u);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? u >> 16 | 0x40u : rounded);
 }
 
-float f16_to_f32(uint16_t h);
+/* Without branches, so that a loop of it becomes vectors. */
+static inline float f16_to_f32(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+    uint32_t normal = (rest << 13) + (112u << 23);
+    uint32_t tiny = f32_bits((float)(int32_t)rest * 0x1p-24f); /* exact in f32 */
+    uint32_t odd = rest << 13 | 0x7f800000u;                   /* infinite or NaN */
+
+    normal = rest < 0x400u ? tiny : normal;
+    return bits_f32(sign | (rest >= 0x7c00u ? odd : normal));
+}
+
 uint16_t f32_to_f16(float f); /* overflow gives infinity */
 
 #endif

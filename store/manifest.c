@@ -5,6 +5,7 @@
 
 #include "bytes.h"
 #include "mem.h"
+#include "packed.h"
 #include "sha256.h"
 #include "size.h"
 
@@ -15,39 +16,6 @@
 #define FIXED_BYTES 512u /* more than all fixed fields together */
 #define EXTENT_BYTES (1 + 1 + 2 + 4 + 4 + EXTENT_HASH_LEN)
 #define N_STRINGS 5
-#define EXACT_ROWS 4u  /* first rows of a packed tile stay bf16 */
-#define GROUP_ROWS 32u /* int4 keys: rows that share a step per channel */
-#define GROUP_DIMS 32u /* int4 values: channels that share a step per row */
-
-/* ---- tile sizes */
-
-uint64_t tile_bytes_k(enum kv_dtype precision, uint32_t rows, uint32_t head_dim)
-{
-    uint64_t exact = rows < EXACT_ROWS ? rows : EXACT_ROWS, packed = rows - exact, d = head_dim;
-
-    switch (precision) {
-    case KV_INT8:
-        return exact * d * 2 + (packed ? d * 2 : 0) + packed * d;
-    case KV_INT4:
-        return exact * d * 2 + (packed + GROUP_ROWS - 1) / GROUP_ROWS * d * 4 + packed * d / 2;
-    default:
-        return (uint64_t)rows * d * 2;
-    }
-}
-
-uint64_t tile_bytes_v(enum kv_dtype precision, uint32_t rows, uint32_t head_dim)
-{
-    uint64_t exact = rows < EXACT_ROWS ? rows : EXACT_ROWS, packed = rows - exact, d = head_dim;
-
-    switch (precision) {
-    case KV_INT8:
-        return exact * d * 2 + packed * 2 + packed * d;
-    case KV_INT4:
-        return exact * d * 2 + packed * ((d + GROUP_DIMS - 1) / GROUP_DIMS) * 4 + packed * d / 2;
-    default:
-        return (uint64_t)rows * d * 2;
-    }
-}
 
 static uint64_t payload_of(const struct manifest *m)
 {

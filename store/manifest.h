@@ -43,10 +43,6 @@ struct manifest {
     uint32_t *rows;
 };
 
-/* Bytes of one tile: rows x head_dim in the given precision (FORMAT.md, "Packed tiles"). */
-uint64_t tile_bytes_k(enum kv_dtype precision, uint32_t rows, uint32_t head_dim);
-uint64_t tile_bytes_v(enum kv_dtype precision, uint32_t rows, uint32_t head_dim);
-
 /* Encode; *ret is mem_free()d by the caller. */
 int manifest_encode(const struct manifest *m, void **ret, size_t *ret_len, struct larder_err *e);
 int manifest_decode(const void *bytes, size_t len, struct manifest *ret, struct larder_err *e);

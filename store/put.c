@@ -10,6 +10,7 @@
 #include "bytes.h"
 #include "half.h"
 #include "mem.h"
+#include "packed.h"
 #include "sha256.h"
 #include "size.h"
 #include "store_int.h"
