@@ -13,6 +13,7 @@
 
 #include "half.h"
 #include "mem.h"
+#include "offline.h"
 #include "select.h"
 
 /* Per-layer scores of the rankable rows. */
@@ -653,13 +654,18 @@ int engine_supports(const struct policy *p, struct larder_err *e)
     if (old && p->kind <= POLICY_ASL2PASS && p->shape == SHAPE_UNIFORM && !p->sink &&
         p->precision == KV_BF16 && p->rows.kind != ROWS_AUTO)
         return 0;
+    if (p->obs == OBS_REPLAY && (p->shape == SHAPE_SHARES || p->shape == SHAPE_UNIFORM) &&
+        p->cut == CUT_OFF && p->rows.kind != ROWS_AUTO && p->replay == 100)
+        return 0;
     policy_print(p, text);
     return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s is not computed yet", text);
 }
 
-int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
+int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
 {
+    const uint32_t *ids = doc->ids;
+    uint32_t n = doc->n;
     struct policy p = *policy;
     struct run proto = {.b = b, .p = b->p, .policy = &p, .sink = sink, .pass = "prefill"};
     struct engine_result res = {.n_ctx = n, .next_pos = n, .sel_layer = -1};
@@ -676,8 +682,12 @@ int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const str
         return rc;
     if (policy_is_two_pass(&p) && proto.select >= n)
         p = (struct policy){.kind = POLICY_FULL}; /* nothing to choose: everything stays */
-    rc = policy_is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e)
-                                : one_pass(&proto, ids, n, &res, e);
+    if (policy_is_replay(&p))
+        rc = offline_prefill(b, doc, &p, sink, &res, e);
+    else if (policy_is_two_pass(&p))
+        rc = two_passes(&proto, ids, n, &res, e);
+    else
+        rc = one_pass(&proto, ids, n, &res, e);
     if (rc) {
         engine_result_done(&res);
         return rc;

@@ -18,6 +18,16 @@
 
 #include "backend.h"
 #include "policy.h"
+#include "shares.h"
+#include "template.h"
+
+/* What is prefilled; borrowed during the call. */
+struct engine_doc {
+    const uint32_t *ids; /* [n] */
+    uint32_t n;
+    const struct template *tmpl; /* whose form a replay's prompt takes; NULL: none */
+    const struct shares *shares; /* of the model; NULL: never calibrated */
+};
 
 /* The kept rows of one layer, gathered: borrowed during the call. */
 struct kept_rows {
@@ -57,7 +67,7 @@ struct engine_result {
 /* LARDER_EUNSUPPORTED for a policy that parses and that no engine computes yet. */
 int engine_supports(const struct policy *p, struct larder_err *e);
 
-int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
+int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);
 void engine_result_done(struct engine_result *r);
 

@@ -93,6 +93,8 @@ int setup_open(const struct options *o, struct engine_setup *ret, struct larder_
         rc = setup_template(s.model, option_get(o, OPTION_TEMPLATE), &s.tmpl, e);
     if (!rc)
         rc = setup_backend(o, s.model, &s.backend, e);
+    if (!rc && o->n[OPTION_PROFILE])
+        rc = profile_read(option_get(o, OPTION_PROFILE), s.model, &s.shares, e);
     if (rc) {
         setup_done(&s);
         return rc;
@@ -106,6 +108,7 @@ void setup_done(struct engine_setup *s)
     if (s->backend)
         s->backend->ops->close(s->backend);
     model_close(s->model);
+    shares_free(s->shares);
 }
 
 /* ---- files */
@@ -278,6 +281,7 @@ void cache_done(struct cache *c)
         mem_free(c->head[i].position);
         mem_free(c->head[i].k);
         mem_free(c->head[i].v);
+        mem_free(c->head[i].bias);
     }
     mem_free(c->head);
     c->head = NULL;
@@ -297,6 +301,7 @@ int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct l
         if (c->with_rows) {
             h->k = mem_dup(from->k, from->n_rows * row);
             h->v = mem_dup(from->v, from->n_rows * row);
+            h->bias = from->bias ? mem_dup(from->bias, from->n_rows * sizeof *from->bias) : NULL;
         }
         if (!h->position || (c->with_rows && (!h->k || !h->v)))
             return larder_fail(e, LARDER_ENOMEM, "no memory for the kept rows of layer %u", layer);

@@ -42,6 +42,7 @@
     X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)")                     \
     X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token")                                \
     X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer")                        \
+    X(PROFILE, "profile", 1, "F", "the model's calibration (calibrate writes it)")                 \
     X(FD, "fd", 1, "N", "connected worker socket")                                                 \
     X(CONNECT, "connect", 1, "PATH", "worker socket to connect to")                                \
     X(KNOWN, "known", 1, "ID", "NAME=DEV:INO:SIZE:MTIME_NS:HEX, a fingerprint known already")      \
@@ -86,6 +87,7 @@ int main_trace(const struct options *o, struct larder_err *e);
 int main_ask(const struct options *o, struct larder_err *e);
 int main_score(const struct options *o, struct larder_err *e); /* ask --questions */
 int main_tokenize(const struct options *o, struct larder_err *e);
+int main_calibrate(const struct options *o, struct larder_err *e);
 int main_info(const struct options *o, struct larder_err *e);
 int main_worker(const struct options *o, struct larder_err *e);
 
@@ -95,6 +97,7 @@ struct engine_setup {
     struct model *model;
     const struct template *tmpl;
     struct backend *backend;
+    struct shares *shares; /* the model's calibration, or NULL */
 };
 
 int setup_template(const struct model *m, const char *name, const struct template **ret,
@@ -103,6 +106,9 @@ int setup_template(const struct model *m, const char *name, const struct templat
 /* By the options --backend, --dtype and --threads. */
 int setup_backend(const struct options *o, const struct model *m, struct backend **ret,
                   struct larder_err *e);
+
+/* The profile at `path` as a table for this model. */
+int profile_read(const char *path, struct model *m, struct shares **ret, struct larder_err *e);
 
 int setup_open(const struct options *o, struct engine_setup *ret, struct larder_err *e);
 void setup_done(struct engine_setup *s);
@@ -132,6 +138,7 @@ struct cached_head {
     uint32_t n_rows;
     uint32_t *position;
     void *k, *v; /* NULL when only positions were wanted */
+    float *bias;
 };
 
 struct cache {

@@ -359,8 +359,9 @@ static int send_done(struct job *j, const struct engine_result *r, struct larder
 static int compute(struct job *j, struct larder_err *e)
 {
     struct engine_sink sink = {j, on_layer, on_progress};
+    struct engine_doc doc = {j->doc.ids, j->doc.n, j->s.tmpl, j->s.shares};
     struct engine_result r = {0};
-    int rc = engine_prefill(j->s.backend, j->doc.ids, j->doc.n, &j->policy, &sink, &r, e);
+    int rc = engine_prefill(j->s.backend, &doc, &j->policy, &sink, &r, e);
 
     if (!rc)
         rc = send_done(j, &r, e);

@@ -144,4 +144,11 @@ int model_read_bf16(const struct model *m, uint32_t layer, enum model_weight w, 
     return 0;
 }
 
+/* No words: a replay has no prompt. */
+const struct tokenizer *model_tokenizer(const struct model *m)
+{
+    (void)m;
+    return NULL;
+}
+
 #endif
