@@ -155,7 +155,7 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $$(foreach d,$$(needs_$$(firstword $$(
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)
-	tests/run.sh $(B) lint unit e2e golden
+	tests/run.sh $(B) lint unit eval e2e golden
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
