@@ -32,7 +32,8 @@ static const struct command commands[] = {
      ENGINE_BITS | BIT(MODEL) | BIT(TEMPLATE), main_calibrate},
     {"tokenize", "--model PATH (--file F | --strings F) [--template T] [--json]",
      BIT(MODEL) | BIT(FILE) | BIT(STRINGS) | BIT(TEMPLATE) | BIT(JSON) | BIT(HELP), main_tokenize},
-    {"info", "--model PATH [--json]", BIT(MODEL) | BIT(JSON) | BIT(HELP), main_info},
+    {"info", "--model PATH [--policy P]... [options]",
+     ENGINE_BITS | BIT(MODEL) | BIT(POLICY) | BIT(TEMPLATE) | BIT(JSON), main_info},
     {"worker", "(--fd N | --connect PATH) --model NAME=PATH[,template=T]... [options]",
      ENGINE_BITS | BIT(MODEL) | BIT(KNOWN) | BIT(FD) | BIT(CONNECT), main_worker},
 };

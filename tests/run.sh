@@ -60,6 +60,9 @@ for group in "$@"; do
             run "unit/$t" 120 "$build/tests/$t"
         done
         ;;
+    eval)
+        run "eval" 60 python3 tests/eval/test_eval.py
+        ;;
     e2e)
         for t in tests/e2e/[0-9]*.sh; do
             [ -e "$t" ] && run "$t" 300 "$t" "$build"

@@ -255,6 +255,42 @@ def engine(args, words, fds=()):
     return [json.loads(line) for line in p.stdout.splitlines()]
 
 
+def write_questions(folder, resume, n):
+    """The recorded continuation as a known answer, up to where its first choice is not clear."""
+    clear = next((i for i, gap in enumerate(resume["greedy_gap"]) if gap < GREEDY_GAP), n)
+    path = os.path.join(folder, "q.jsonl")
+    with open(path, "w") as f:
+        json.dump({"id": "q", "question_ids": resume["question_ids"],
+                   "gold_ids": resume["greedy"][:min(n, clear)]}, f)
+    return path
+
+
+def check_forced(resume, scored, n):
+    """A forced answer that is the model's own: rank 1 throughout, and generated again."""
+    ranks = [g["rank"] for g in scored["gold"]]
+    if not ranks or set(ranks) != {1} or not scored["all_top1"]:
+        return "ranks %s" % ranks
+    return check_greedy(scored["generated_ids"], resume, GREEDY_GAP, n)
+
+
+def check_questions(args, tmp):
+    """ask --questions scores what ask answers, and a cache that kept everything does not differ."""
+    with open(os.path.join(DATA, "doc_a700.json")) as f:
+        doc_path = write_ids(tmp, "a700.ids", json.load(f)["ids"])
+    resume = load_runs("a700", ["full"])[0][1]["resume"][0]
+    n = n_new(args)
+    full, all_rows = engine(args, ["ask", "--doc-tokens", doc_path, "--questions",
+                                   write_questions(tmp, resume, n), "--max-new", str(n),
+                                   "--ignore-eos", "--policy", "full", "--policy",
+                                   "snapkv,rows=all"])
+    claim("questions: a forced answer is the recorded continuation", check_forced(resume, full, n))
+    odd = [k for k in ("gold", "generated_ids", "rows", "nll") if full[k] != all_rows[k]]
+    claim("questions: a cache that kept everything scores the same",
+          "differs in " + ", ".join(odd) if odd else None)
+    kl = all_rows["kl"], all_rows["top1_agree"]
+    claim("questions: and does not diverge", None if kl == (0, 1) and "kl" not in full else str(kl))
+
+
 def write_ids(folder, name, ids):
     path = os.path.join(folder, name)
     with open(path, "w") as f:
@@ -304,7 +340,11 @@ def check_worker(args, tmp):
     q_path = write_ids(tmp, "q.ids", resume["question_ids"])
     answer = engine(args, ["ask", "--image-fd", str(fd), "--tokens", q_path, "--max-new",
                            str(n_new(args)), "--ignore-eos"], fds=[fd])[0]
+    scored = engine(args, ["ask", "--image-fd", str(fd), "--questions",
+                           write_questions(tmp, resume, n_new(args)), "--max-new",
+                           str(n_new(args)), "--ignore-eos"], fds=[fd])[0]
     os.close(fd)
+    claim("image: questions with known answers", check_forced(resume, scored, n_new(args)))
     claim("image: logits after the question, rows in bf16",
           check_logits(answer["top_logits"], resume["logits_question"], QUESTION_ABS, 20))
     claim("image: greedy continuation, rows in bf16",
@@ -348,6 +388,8 @@ def main():
             check_trace_command(args, path, n, trace)
             if args.dtype == "f32":
                 check_worker(args, tmp)
+            if args.dtype == "f32" and args.backend == "cpu":
+                check_questions(args, tmp)
     except Skip as why:
         print("bf16 is not tested: %s" % why, file=sys.stderr)
         return 77
