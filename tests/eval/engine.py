@@ -13,12 +13,13 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    def __init__(self, build, model, backend="cpu", dtype="auto", threads=0):
+    def __init__(self, build, model, backend="cpu", dtype="auto", threads=0, profile=None):
         self.program = os.path.join(build, "larder-prefill")
         self.model = model
         self.compute = ["--backend", backend, "--dtype", dtype]
         if threads:
             self.compute += ["--threads", str(threads)]
+        self.profile = ["--profile", profile] if profile else []
 
     def _lines(self, words):
         """Standard output, line by line as it comes; a failure is raised at the end."""
@@ -67,7 +68,7 @@ class Engine:
                      "--questions", write_jsonl(os.path.join(tmp, "questions"), questions)]
             for p in policies:
                 words += ["--policy", p]
-            for line in self._lines(words + self.compute):
+            for line in self._lines(words + self.compute + self.profile):
                 yield json.loads(line)
 
 

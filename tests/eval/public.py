@@ -166,6 +166,7 @@ def parse_args(argv):
     a.add_argument("--backend", default="cpu")
     a.add_argument("--dtype", default="auto")
     a.add_argument("--threads", type=int, default=0)
+    a.add_argument("--profile", help="the model's calibration (larder-prefill calibrate)")
     a.add_argument("--seed", type=int, default=results.SEED, help="of the bootstrap")
     a.add_argument("--csv", metavar="FILE", help="write the table as CSV")
     a.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
@@ -184,7 +185,7 @@ def main(argv=None):
     tasks = read_jsonl(args.tasks)
     if args.limit is not None:
         tasks = [t for _, ts in by_document(tasks)[:args.limit] for t in ts]
-    engine = Engine(args.build, args.model, args.backend, args.dtype, args.threads)
+    engine = Engine(args.build, args.model, args.backend, args.dtype, args.threads, args.profile)
     store = results.Store(args.results)
     for path in filter(None, (args.csv, args.markdown)):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
