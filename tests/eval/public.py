@@ -75,13 +75,13 @@ def max_new(tasks, asked):
     return max(t.get("max_new", len(t["gold_ids"]) + SPARE_TOKENS) for t in tasks)
 
 
-def same_answer(task, scored, limit):
-    """The recorded answer of the full cache, as far as it was generated."""
+def same_answer(task, scored):
+    """Is it the recorded answer of the full cache? Either may have been cut off."""
     text, want = scored["text"], task["full_answer"]
-    return want.startswith(text) if len(scored["generated_ids"]) == limit else text == want
+    return bool(text) and (want.startswith(text) or text.startswith(want))
 
 
-def result(task, doc, scored, what, limit):
+def result(task, doc, scored, what):
     r = {k: scored.get(k) for k in
          ("policy", "n_ctx", "rows", "row_bytes", "full_bytes", "all_top1", "nll", "kl",
           "top1_agree", "text", "prefill_ms")}
@@ -90,7 +90,7 @@ def result(task, doc, scored, what, limit):
              ranks=[g["rank"] for g in scored["gold"]])
     r.update({k: task[k] for k in ("length", "depth") if k in task})
     if scored["policy"] == results.FULL and "full_answer" in task:
-        r["as_recorded"] = same_answer(task, scored, limit)
+        r["as_recorded"] = same_answer(task, scored)
     return r
 
 
@@ -107,7 +107,7 @@ def run_document(engine, store, doc, tasks, policies, what, args):
                  for t in tasks]
     for scored in engine.score(tasks[0]["prefix_ids"], questions, run, limit):
         if args.fresh or not store.has(scored["id"], scored["policy"], what):
-            store.add(result(by_id[scored["id"]], doc, scored, what, limit))
+            store.add(result(by_id[scored["id"]], doc, scored, what))
 
 
 def run_all(engine, store, tasks, policies, what, args):
