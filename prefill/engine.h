@@ -18,6 +18,7 @@
 
 #include "backend.h"
 #include "policy.h"
+#include "probe.h"
 #include "shares.h"
 #include "template.h"
 
@@ -60,7 +61,8 @@ struct engine_result {
     uint32_t n_trace;
     uint32_t *selected; /* original positions that passed the cut, ascending; NULL: all */
     uint32_t n_selected;
-    float *logits; /* [n_vocab] of the last row */
+    float *logits;                  /* [n_vocab] of the last row */
+    struct certificate certificate; /* n_probes 0: none was made */
     double load_ms, prefill_ms;
 };
 

@@ -161,6 +161,8 @@ int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct l
 json_t *json_top_logits(const float *logits, uint32_t n_vocab);
 /* [{"layer","value","ratio"}] */
 json_t *json_variance(const struct engine_result *r);
+/* The certificate's object, or null. */
+json_t *json_certificate(const struct certificate *c);
 /* The object that `trace` prints. */
 json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
                    const struct cache *c);

@@ -1,9 +1,10 @@
-/* offline.c - document and replay through the layers side by side.
+/* offline.c - document, replay and probes through the layers side by side.
  *
- * The one idea: one list of rows, the document's first and the replay's behind them. A layer
- * projects and finishes all of them in one call; document rows attend among themselves,
- * replay rows to the document and to their own chunk. What the replay asks of this layer
- * is then known, its rows are chosen and refitted, and the layer is done with. */
+ * The one idea: one list of rows, the document's first, then the replay's, then each probe's
+ * twice. A layer projects and finishes all of them in one call; document rows attend among
+ * themselves, the others to the document and causally to their own part. What the replay asks
+ * of this layer is then known, its rows are chosen and refitted, and the probes' second copy
+ * attends to those. Then the layer is done with: no cache of all layers ever exists. */
 #include "offline.h"
 
 #include <math.h>
@@ -14,6 +15,7 @@
 #include "match.h"
 #include "mem.h"
 #include "packed.h"
+#include "probe.h"
 #include "replay.h"
 #include "select.h"
 
@@ -24,8 +26,11 @@ struct run {
     const struct policy *policy;
     const struct engine_sink *sink;
     struct replay *replay;
-    struct match *match; /* NULL: nothing is fitted */
-    uint32_t n, n_all;   /* rows of the document; with the replay's */
+    struct match *match;       /* NULL: nothing is fitted */
+    struct probes *probes;     /* NULL: nothing is certified */
+    uint32_t n, n_all;         /* rows of the document; of everything */
+    uint32_t at_full, at_kept; /* first row of the probes on the full cache; on the kept rows */
+    struct past_rows *past;    /* [n_kv_heads], of this layer */
     uint64_t stride;
     float *hidden;
     uint32_t *pos;
@@ -55,6 +60,8 @@ static void run_done(struct run *r)
 {
     replay_free(r->replay);
     match_close(r->match);
+    probes_free(r->probes);
+    mem_free(r->past);
     mem_free(r->hidden);
     mem_free(r->pos);
     mem_free(r->q);
@@ -78,6 +85,7 @@ static bool alloc(struct run *r)
 
     r->hidden = mem_aligned((uint64_t)r->n_all * r->p->n_hidden, sizeof *r->hidden);
     r->pos = mem_alloc(r->n_all, sizeof *r->pos);
+    r->past = mem_alloc(g->n_kv_heads, sizeof *r->past);
     r->q = mem_aligned(g->n_heads, per_head);
     r->k = mem_aligned(g->n_kv_heads, per_head);
     r->v = mem_aligned(g->n_kv_heads, per_head);
@@ -89,22 +97,39 @@ static bool alloc(struct run *r)
     r->keep_v = mem_alloc(kept, g->head_dim * sizeof *r->keep_v);
     r->bias = mem_alloc(kept, sizeof *r->bias);
     r->heads = mem_zalloc(g->n_kv_heads, sizeof *r->heads);
-    return r->hidden && r->pos && r->q && r->k && r->v && r->o && r->score && r->rows && r->keep &&
-           r->keep_k && r->keep_v && r->bias && r->heads;
+    return r->hidden && r->pos && r->past && r->q && r->k && r->v && r->o && r->score && r->rows &&
+           r->keep && r->keep_k && r->keep_v && r->bias && r->heads;
 }
 
-static int embed(struct run *r, struct larder_err *e)
+/* n rows at the end of the list. */
+static int embed(struct run *r, const uint32_t *ids, const uint32_t *pos, uint32_t n,
+                 struct larder_err *e)
 {
     int rc = 0;
 
-    for (uint32_t i = 0; i < r->n_all && !rc; i++) {
-        bool own = i < r->n;
-
-        r->pos[i] = own ? i : r->replay->pos[i - r->n];
-        rc = model_read_f32(r->b->model, 0, MODEL_EMBED,
-                            own ? r->doc->ids[i] : r->replay->ids[i - r->n], 1,
-                            r->hidden + (uint64_t)i * r->p->n_hidden, e);
+    for (uint32_t i = 0; i < n && !rc; i++, r->n_all++) {
+        r->pos[r->n_all] = pos ? pos[i] : i;
+        rc = model_read_f32(r->b->model, 0, MODEL_EMBED, ids[i], 1,
+                            r->hidden + (uint64_t)r->n_all * r->p->n_hidden, e);
     }
+    return rc;
+}
+
+static int embed_all(struct run *r, struct larder_err *e)
+{
+    const struct probes *p = r->probes;
+    int rc;
+
+    r->n_all = 0;
+    rc = embed(r, r->doc->ids, NULL, r->n, e);
+    if (!rc)
+        rc = embed(r, r->replay->ids, r->replay->pos, r->replay->n_rows, e);
+    r->at_full = r->n_all;
+    if (!rc && p)
+        rc = embed(r, p->ids, p->pos, p->n_rows, e);
+    r->at_kept = r->n_all;
+    if (!rc && p)
+        rc = embed(r, p->ids, p->pos, p->n_rows, e);
     return rc;
 }
 
@@ -112,13 +137,15 @@ static int run_init(struct run *r, uint32_t chunk, struct larder_err *e)
 {
     int rc = replay_plan(&r->replay, r->b->model, r->doc->tmpl, r->doc->ids, r->n, chunk, e);
 
+    if (!rc && !r->on_scores)
+        rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids, r->n, e);
     if (rc)
         return rc;
-    r->n_all = r->n + r->replay->n_rows;
+    r->n_all = r->n + r->replay->n_rows + (r->probes ? 2 * r->probes->n_rows : 0);
     r->stride = (r->n_all + 15ull) / 16 * 16;
     if (!alloc(r))
         return larder_fail(e, LARDER_ENOMEM, "no memory to prefill and replay %u tokens", r->n);
-    return embed(r, e);
+    return embed_all(r, e);
 }
 
 /* ---- one layer forward */
@@ -135,49 +162,77 @@ static int attend_document(struct run *r, uint32_t row0, struct larder_err *e)
     return r->b->ops->attend(r->b, &a, e);
 }
 
-static int attend_replay(struct run *r, struct larder_err *e)
+/* Rows at .. at + n: to `past`, and causally to each other. */
+static int attend_part(struct run *r, uint64_t at, uint32_t n, struct larder_err *e)
 {
     const struct kv_geom *g = &r->p->geom;
-    struct past_rows *past = mem_alloc(g->n_kv_heads, sizeof *past);
-    int rc = past ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the list of rows");
+    struct resume x = {
+        .q = at_row(r, r->q, at, g->head_dim),
+        .k = at_row(r, r->k, at, g->head_dim),
+        .v = at_row(r, r->v, at, g->head_dim),
+        .n_new = n,
+        .n_tail = n,
+        .q_stride = (uint32_t)r->stride,
+        .stride = (uint32_t)r->stride,
+        .past = r->past,
+        .o = at_row(r, r->o, at, (uint64_t)g->n_heads * g->head_dim),
+    };
 
-    for (uint32_t h = 0; h < g->n_kv_heads && !rc; h++)
-        past[h] = (struct past_rows){r->n, r->b->elem, at_row(r, r->k, h * r->stride, g->head_dim),
-                                     at_row(r, r->v, h * r->stride, g->head_dim), NULL};
-    for (uint32_t i = 0; i < r->replay->n_chunks && !rc; i++) {
-        const struct replay_chunk *c = &r->replay->chunk[i];
-        uint64_t row = r->n + (uint64_t)c->first;
-        struct resume x = {
-            .q = at_row(r, r->q, row, g->head_dim),
-            .k = at_row(r, r->k, row, g->head_dim),
-            .v = at_row(r, r->v, row, g->head_dim),
-            .n_new = c->n,
-            .n_tail = c->n,
-            .q_stride = (uint32_t)r->stride,
-            .stride = (uint32_t)r->stride,
-            .past = past,
-            .o = at_row(r, r->o, row, (uint64_t)g->n_heads * g->head_dim),
-        };
+    return r->b->ops->resume(r->b, &x, e);
+}
 
-        rc = r->b->ops->resume(r->b, &x, e);
-    }
-    mem_free(past);
+static int attend_probes(struct run *r, uint32_t first, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; r->probes && i < r->probes->n && !rc; i++)
+        rc = attend_part(r, first + r->probes->probe[i].first, r->probes->probe[i].n, e);
     return rc;
 }
 
-/* The last layer's other rows are read by nobody. */
-static int advance(struct run *r, const struct layer *l, bool last, struct larder_err *e)
+/* Everything but the document's rows. Those of the replay are not needed behind the last layer. */
+static int attend_others(struct run *r, bool last, struct larder_err *e)
 {
     const struct kv_geom *g = &r->p->geom;
-    uint32_t row0 = last ? r->n - 1 : 0, n = last ? 1 : r->n_all;
-    int rc = attend_document(r, row0, e);
+    int rc = 0;
 
+    for (uint32_t h = 0; h < g->n_kv_heads; h++)
+        r->past[h] =
+            (struct past_rows){r->n, r->b->elem, at_row(r, r->k, h * r->stride, g->head_dim),
+                               at_row(r, r->v, h * r->stride, g->head_dim), NULL};
+    for (uint32_t i = 0; i < r->replay->n_chunks && !last && !rc; i++)
+        rc = attend_part(r, r->n + (uint64_t)r->replay->chunk[i].first, r->replay->chunk[i].n, e);
+    if (!rc)
+        rc = attend_probes(r, r->at_full, e);
+    for (uint32_t h = 0; h < g->n_kv_heads; h++) {
+        const struct kept_rows *k = &r->heads[h];
+
+        r->past[h] = (struct past_rows){k->n_rows, KV_F32, k->k, k->v, k->bias};
+    }
+    return rc ? rc : attend_probes(r, r->at_kept, e);
+}
+
+static int finish(struct run *r, const struct layer *l, uint32_t row, uint32_t n,
+                  struct larder_err *e)
+{
+    uint64_t width = (uint64_t)r->p->geom.n_heads * r->p->geom.head_dim;
+
+    return n ? r->b->ops->finish(r->b, l, r->hidden + (uint64_t)row * r->p->n_hidden,
+                                 at_row(r, r->o, row, width), n, e)
+             : 0;
+}
+
+static int advance(struct run *r, const struct layer *l, bool last, struct larder_err *e)
+{
+    int rc = attend_document(r, last ? r->n - 1 : 0, e);
+
+    if (!rc)
+        rc = attend_others(r, last, e);
     if (!rc && !last)
-        rc = attend_replay(r, e);
-    if (rc)
-        return rc;
-    return r->b->ops->finish(r->b, l, r->hidden + (uint64_t)row0 * r->p->n_hidden,
-                             at_row(r, r->o, row0, (uint64_t)g->n_heads * g->head_dim), n, e);
+        return finish(r, l, 0, r->n_all, e);
+    if (!rc)
+        rc = finish(r, l, r->n - 1, 1, e);
+    return rc ? rc : finish(r, l, r->at_full, r->n_all - r->at_full, e);
 }
 
 /* ---- rows */
@@ -316,6 +371,44 @@ static int last_logits(struct run *r, float **ret, struct larder_err *e)
     return 0;
 }
 
+/* ---- the certificate */
+
+static void probe_rows(const struct run *r, const struct probe *p, uint32_t first, float *to)
+{
+    uint64_t n = r->p->n_hidden;
+
+    memcpy(to, r->hidden + (first + (uint64_t)p->first + p->scored) * n,
+           PROBE_QUOTE * n * sizeof *to);
+}
+
+/* A few probes at a time: logits are wide, and each call reads the output matrix again. */
+static int certify(struct run *r, struct certificate *c, struct larder_err *e)
+{
+    enum { AT_ONCE = 4, ROWS = PROBE_QUOTE };
+    uint64_t n_hidden = r->p->n_hidden, n_vocab = r->p->n_vocab;
+    float *h = mem_aligned(2 * AT_ONCE * ROWS * n_hidden, sizeof *h);
+    float *x = mem_aligned(2 * AT_ONCE * ROWS * n_vocab, sizeof *x);
+    int rc = h && x ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the probes' logits");
+
+    for (uint32_t i = 0; r->probes && i < r->probes->n && !rc; i += AT_ONCE) {
+        uint32_t n = r->probes->n - i < AT_ONCE ? r->probes->n - i : AT_ONCE;
+
+        for (uint32_t k = 0; k < n; k++) {
+            probe_rows(r, &r->probes->probe[i + k], r->at_full, h + 2 * k * ROWS * n_hidden);
+            probe_rows(r, &r->probes->probe[i + k], r->at_kept, h + (2 * k + 1) * ROWS * n_hidden);
+        }
+        rc = r->b->ops->logits(r->b, NULL, h, 2 * n * ROWS, x, e);
+        for (uint32_t k = 0; k < n && !rc; k++)
+            certificate_add(c, &r->probes->probe[i + k], x + 2 * k * ROWS * n_vocab,
+                            x + (2 * k + 1) * ROWS * n_vocab, (uint32_t)n_vocab);
+    }
+    if (!rc && c->n_probes && !isfinite(c->kl))
+        rc = larder_fail(e, LARDER_ENUMERIC, "the certificate is not finite; nothing was kept");
+    mem_free(h);
+    mem_free(x);
+    return rc;
+}
+
 /* ---- the whole thing */
 
 static int set_rows(struct run *r, struct larder_err *e)
@@ -363,9 +456,13 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
         rc = run_layer(&r, l, e);
     if (!rc)
         rc = last_logits(&r, &res.logits, e);
+    if (!rc)
+        rc = certify(&r, &res.certificate, e);
     res.load_ms = r.load_ms;
     run_done(&r);
-    if (!rc)
+    if (rc)
+        engine_result_done(&res);
+    else
         *ret = res;
     return rc;
 }
