@@ -315,6 +315,24 @@ static int on_layer(struct worker *w, const json_t *body, int *fd, struct larder
     return 0;
 }
 
+/* Null, or what json_certificate() in the worker writes: finite numbers, never negative. */
+static bool is_certificate(const json_t *c)
+{
+    static const char *const field[] = {"probes",    "tokens",   "kl",
+                                        "agreement", "worst_kl", "worst_at"};
+    const size_t n = sizeof field / sizeof field[0];
+
+    if (json_is_null(c))
+        return true;
+    for (size_t i = 0; i < n; i++) {
+        const json_t *v = json_object_get(c, field[i]);
+
+        if (!json_is_number(v) || !(json_number_value(v) >= 0 && json_number_value(v) < 1e15))
+            return false;
+    }
+    return json_object_size(c) == n;
+}
+
 static int on_done(struct worker *w, const json_t *body, int *fd, struct larder_err *e)
 {
     const json_t *sel = json_object_get(body, "sel_layer"), *trace = NULL;
@@ -329,6 +347,8 @@ static int on_done(struct worker *w, const json_t *body, int *fd, struct larder_
         rc = field_u64(body, "prefill_ms", FIELD_REQUIRED, UINT64_MAX >> 11, &ms, e);
     if (!rc)
         rc = field_array(body, "rank_variance", FIELD_REQUIRED, KV_MAX_LAYERS, &trace, e);
+    if (!rc && !is_certificate(json_object_get(body, "certificate")))
+        rc = larder_fail(e, LARDER_EPROTO, "W_DONE with a certificate that is none");
     if (!rc && (*fd < 0 || w->next_layer != w->model->geom.n_layers ||
                 !(json_is_null(sel) || (json_is_integer(sel) && json_integer_value(sel) >= 0 &&
                                         json_integer_value(sel) < w->model->geom.n_layers))))
