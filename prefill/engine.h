@@ -6,7 +6,7 @@
  * Ownership  Results are filled in and freed with engine_result_done().
  * Threads    One run at a time per backend.
  * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY,
- *            LARDER_EUNSUPPORTED (a policy that is not computed yet), LARDER_ENUMERIC (a
+ *            LARDER_EUNSUPPORTED (a policy that is not computed), LARDER_ENUMERIC (a
  *            score or a logit is not finite: nothing may be stored), LARDER_ECANCELED, and the
  *            backend's.
  */
@@ -17,8 +17,9 @@
 #include <stdint.h>
 
 #include "backend.h"
+#include "cut.h"
 #include "policy.h"
-#include "probe.h"
+#include "recall.h"
 #include "shares.h"
 #include "template.h"
 
@@ -34,8 +35,9 @@ struct engine_doc {
 struct kept_rows {
     uint32_t n_rows;
     const uint32_t *position; /* [n_rows] original positions, ascending */
-    const void *k, *v;        /* [n_rows][head_dim], the backend's element type */
-    const float *bias;        /* [n_rows] or NULL */
+    const void *k, *v;        /* [n_rows][head_dim], or tiles of a packed type (packed.h) */
+    const float *bias;        /* [n_rows], values that bf16 represents; NULL for all or for none */
+    enum kv_dtype dtype;      /* of k and v: the backend's, or the policy's int8 or int4 */
 };
 
 struct engine_sink {
@@ -44,12 +46,6 @@ struct engine_sink {
     int (*layer)(void *arg, uint32_t layer, const struct kept_rows *heads, struct larder_err *e);
     /* Before each layer; a non-zero return cancels the run with that code. May be NULL. */
     int (*progress)(void *arg, const char *pass, uint32_t layer, uint32_t n_layers);
-};
-
-struct variance_point {
-    uint32_t layer;
-    double value; /* population variance of the token ranks, mean over the union */
-    double ratio; /* to the first tested layer */
 };
 
 struct engine_result {
@@ -66,7 +62,7 @@ struct engine_result {
     double load_ms, prefill_ms;
 };
 
-/* LARDER_EUNSUPPORTED for a policy that parses and that no engine computes yet. */
+/* LARDER_EUNSUPPORTED for a policy that parses and that this engine does not compute. */
 int engine_supports(const struct policy *p, struct larder_err *e);
 
 int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,

@@ -115,7 +115,7 @@ int past_from_document(const struct engine_setup *s, const struct document *d,
     for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
         const struct cached_head *h = &p->cache.head[i];
 
-        p->rows[i] = (struct past_rows){h->n_rows, p->cache.elem, h->k, h->v, h->bias};
+        p->rows[i] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias};
     }
     p->n_ctx = p->result.n_ctx;
     p->next_pos = p->result.next_pos;

@@ -12,12 +12,15 @@
 #include <time.h>
 
 #include "half.h"
+#include "hold.h"
+#include "keep.h"
 #include "match.h"
 #include "mem.h"
-#include "packed.h"
-#include "probe.h"
+#include "observe.h"
+#include "pack.h"
+#include "recall.h"
 #include "replay.h"
-#include "select.h"
+#include "ref.h"
 
 struct run {
     struct backend *b;
@@ -35,12 +38,15 @@ struct run {
     float *hidden;
     uint32_t *pos;
     void *q, *k, *v, *o;
-    float *score;   /* [n_kv_heads][n], of the replay */
-    uint32_t *rows; /* [n_layers * n_kv_heads]: the budget of each head */
-    /* kept rows of one layer */
-    uint32_t *keep; /* [n_kv_heads][n] */
-    float *keep_k, *keep_v, *bias;
-    struct kept_rows *heads;
+    float *replayed; /* [n_kv_heads][n], replay scores */
+    double *score;   /* the same, or those of the match */
+    float *worth;    /* [n_heads][n], replay+: what a row's value adds, or NULL */
+    float *length;   /* [replay rows], replay+: 1 / length of the layer's input, or NULL */
+    struct keep keep;
+    struct packer packer;
+    struct hold hold;     /* shape=global: rows of all layers */
+    float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
+    float *bias;          /* [n_kv_heads][n] */
     double load_ms;
     int (*on_scores)(void *arg, uint32_t layer, const float *score, struct larder_err *e);
     void *scores_arg;
@@ -68,13 +74,16 @@ static void run_done(struct run *r)
     mem_free(r->k);
     mem_free(r->v);
     mem_free(r->o);
+    mem_free(r->replayed);
     mem_free(r->score);
-    mem_free(r->rows);
-    mem_free(r->keep);
-    mem_free(r->keep_k);
-    mem_free(r->keep_v);
+    mem_free(r->worth);
+    mem_free(r->length);
+    keep_done(&r->keep);
+    hold_done(&r->hold);
+    packer_done(&r->packer);
+    mem_free(r->fit_k);
+    mem_free(r->fit_v);
     mem_free(r->bias);
-    mem_free(r->heads);
 }
 
 static bool alloc(struct run *r)
@@ -90,15 +99,26 @@ static bool alloc(struct run *r)
     r->k = mem_aligned(g->n_kv_heads, per_head);
     r->v = mem_aligned(g->n_kv_heads, per_head);
     r->o = mem_aligned(g->n_heads, per_head);
+    r->replayed = mem_alloc(kept, sizeof *r->replayed);
     r->score = mem_alloc(kept, sizeof *r->score);
-    r->rows = mem_alloc((uint64_t)g->n_layers * g->n_kv_heads, sizeof *r->rows);
-    r->keep = mem_alloc(kept, sizeof *r->keep);
-    r->keep_k = mem_alloc(kept, g->head_dim * sizeof *r->keep_k);
-    r->keep_v = mem_alloc(kept, g->head_dim * sizeof *r->keep_v);
+    if (r->policy->obs == OBS_REPLAY_PLUS) {
+        r->worth = mem_alloc((uint64_t)g->n_heads * r->n, sizeof *r->worth);
+        r->length = mem_alloc(r->n_all, sizeof *r->length);
+        if (!r->worth || !r->length)
+            return false;
+    }
+    return r->hidden && r->pos && r->past && r->q && r->k && r->v && r->o && r->replayed &&
+           r->score;
+}
+
+static bool alloc_fit(struct run *r)
+{
+    uint64_t kept = (uint64_t)r->p->geom.n_kv_heads * r->n;
+
+    r->fit_k = mem_alloc(kept, r->p->geom.head_dim * sizeof *r->fit_k);
+    r->fit_v = mem_alloc(kept, r->p->geom.head_dim * sizeof *r->fit_v);
     r->bias = mem_alloc(kept, sizeof *r->bias);
-    r->heads = mem_zalloc(g->n_kv_heads, sizeof *r->heads);
-    return r->hidden && r->pos && r->past && r->q && r->k && r->v && r->o && r->score && r->rows &&
-           r->keep && r->keep_k && r->keep_v && r->bias && r->heads;
+    return r->fit_k && r->fit_v && r->bias;
 }
 
 /* n rows at the end of the list. */
@@ -137,7 +157,8 @@ static int run_init(struct run *r, uint32_t chunk, struct larder_err *e)
 {
     int rc = replay_plan(&r->replay, r->b->model, r->doc->tmpl, r->doc->ids, r->n, chunk, e);
 
-    if (!rc && !r->on_scores)
+    /* rows that are chosen only at the end cannot be asked layer by layer */
+    if (!rc && !r->on_scores && !keep_waits(&r->keep))
         rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids, r->n, e);
     if (rc)
         return rc;
@@ -205,9 +226,9 @@ static int attend_others(struct run *r, bool last, struct larder_err *e)
     if (!rc)
         rc = attend_probes(r, r->at_full, e);
     for (uint32_t h = 0; h < g->n_kv_heads; h++) {
-        const struct kept_rows *k = &r->heads[h];
+        const struct kept_rows *k = &r->keep.heads[h];
 
-        r->past[h] = (struct past_rows){k->n_rows, KV_F32, k->k, k->v, k->bias};
+        r->past[h] = (struct past_rows){k->n_rows, k->dtype, k->k, k->v, k->bias};
     }
     return rc ? rc : attend_probes(r, r->at_kept, e);
 }
@@ -235,94 +256,142 @@ static int advance(struct run *r, const struct layer *l, bool last, struct larde
     return rc ? rc : finish(r, l, r->at_full, r->n_all - r->at_full, e);
 }
 
-/* ---- rows */
+/* ---- scores */
 
-/* The t best of a head, ascending; first rows always. */
-static int choose(const struct run *r, const float *score, uint32_t t, uint32_t *keep,
-                  struct larder_err *e)
+/* replay+: what each row's value adds to the output, and how long the inputs of the replay
+ * rows are after the norm (KVzip+). */
+static int weigh(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    double *s = mem_alloc(r->n, sizeof *s);
-    uint32_t *order = mem_alloc(r->n, sizeof *order);
-    int rc = s && order ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to rank %u rows", r->n);
+    const struct model_params *p = r->p;
+    struct layer_view x = {.b = r->b,
+                           .layer = layer,
+                           .n = r->n,
+                           .n_ctx = r->n,
+                           .stride = (uint32_t)r->stride,
+                           .pos = r->pos,
+                           .hidden = r->hidden,
+                           .q = r->q,
+                           .k = r->k,
+                           .v = r->v};
+    uint64_t n = (uint64_t)p->geom.n_heads * r->n;
+    double *out = mem_alloc(n, sizeof *out);
+    float *norm = mem_alloc(2ull * p->n_hidden, sizeof *norm);
+    int rc = out && norm ? observe_outputs(&x, 2, out, e)
+                         : larder_fail(e, LARDER_ENOMEM, "no memory to weigh rows");
 
-    for (uint32_t j = 0; j < r->n && !rc; j++) /* scores are probabilities */
-        s[j] = j < r->policy->sink ? 2 : score[j];
     if (!rc)
-        rc = select_order(s, r->n, order, e);
-    if (!rc)
-        select_top(order, t, keep);
-    mem_free(s);
-    mem_free(order);
+        rc = model_read_f32(r->b->model, layer, MODEL_ATTN_NORM, 0, 1, norm, e);
+    for (uint64_t i = 0; i < n && !rc; i++)
+        r->worth[i] = (float)out[i];
+    for (uint32_t i = 0; i < r->replay->n_rows && !rc; i++) {
+        float *y = norm + p->n_hidden;
+        double sum = 0;
+
+        ref_rmsnorm(r->hidden + (r->n + (uint64_t)i) * p->n_hidden, norm, p->n_hidden, p->norm_eps,
+                    y);
+        for (uint32_t c = 0; c < p->n_hidden; c++)
+            sum += (double)y[c] * y[c];
+        r->length[i] = (float)(1 / sqrt(sum));
+    }
+    mem_free(out);
+    mem_free(norm);
     return rc;
 }
 
-static void gather(const struct run *r, uint32_t head, const uint32_t *keep, uint32_t t, float *k,
-                   float *v)
+static int score_rows(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    uint32_t d = r->p->geom.head_dim;
-
-    for (uint32_t i = 0; i < t; i++) {
-        uint64_t at = (head * r->stride + keep[i]) * d;
-
-        for (uint32_t c = 0; c < d; c++) {
-            bool f32 = r->b->elem == KV_F32;
-
-            k[(uint64_t)i * d + c] =
-                f32 ? ((const float *)r->k)[at + c] : bf16_to_f32(((const uint16_t *)r->k)[at + c]);
-            v[(uint64_t)i * d + c] =
-                f32 ? ((const float *)r->v)[at + c] : bf16_to_f32(((const uint16_t *)r->v)[at + c]);
-        }
-    }
-}
-
-static int keep_head(struct run *r, uint32_t layer, uint32_t head, const float *score,
-                     struct larder_err *e)
-{
-    uint32_t t = r->rows[layer * r->p->geom.n_kv_heads + head];
-    uint64_t at = (uint64_t)head * r->n, d = r->p->geom.head_dim;
-    struct kept_rows *to = &r->heads[head];
-    int rc = choose(r, score + at, t, r->keep + at, e);
-
-    if (rc)
-        return rc;
-    gather(r, head, r->keep + at, t, r->keep_k + at * d, r->keep_v + at * d);
-    if (r->match)
-        rc = match_fit(r->match, head, r->keep + at, t, r->keep_v + at * d, r->bias + at, e);
-    if (!rc && packed_type(r->policy->precision)) { /* until rows leave packed */
-        uint8_t *tile = mem_alloc(tile_bytes_k(r->policy->precision, t, (uint32_t)d) +
-                                      tile_bytes_v(r->policy->precision, t, (uint32_t)d),
-                                  1);
-        packed_from_k(r->policy->precision, r->keep_k + at * d, t, (uint32_t)d, tile);
-        packed_expand_k_f32(r->policy->precision, tile, t, (uint32_t)d, r->keep_k + at * d);
-        packed_from_v(r->policy->precision, r->keep_v + at * d, t, (uint32_t)d, tile);
-        packed_expand_v_f32(r->policy->precision, tile, t, (uint32_t)d, r->keep_v + at * d);
-        mem_free(tile);
-    }
-    *to = (struct kept_rows){.n_rows = t,
-                             .position = r->keep + at,
-                             .k = r->keep_k + at * d,
-                             .v = r->keep_v + at * d,
-                             .bias = r->policy->fit == FIT_MATCHING ? r->bias + at : NULL};
-    return rc;
-}
-
-/* Scores of this layer, then its rows. */
-static int observe(struct run *r, uint32_t layer, struct larder_err *e)
-{
-    struct replay_rows x = {r->q, r->k, r->stride};
-    const float *score = r->score;
+    struct replay_rows x = {r->q, r->k, r->stride, NULL, NULL};
+    const float *score = r->replayed;
+    uint64_t n = (uint64_t)r->p->geom.n_kv_heads * r->n;
     int rc = 0;
 
-    if (r->match)
+    if (r->worth) {
+        rc = weigh(r, layer, e);
+        x.worth = r->worth;
+        x.length = r->length;
+    }
+    if (!rc && r->match)
         rc = match_layer(r->match, &x, r->v, &score, e);
-    else
-        rc = replay_score(r->b, r->replay, &x, r->score, e);
+    else if (!rc)
+        rc = replay_score(r->b, r->replay, &x, r->replayed, e);
+    for (uint64_t i = 0; i < n && !rc; i++)
+        r->score[i] = score[i];
     if (!rc && r->on_scores)
-        return r->on_scores(r->scores_arg, layer, score, e);
-    for (uint32_t g = 0; g < r->p->geom.n_kv_heads && !rc; g++)
-        rc = keep_head(r, layer, g, score, e);
+        rc = r->on_scores(r->scores_arg, layer, r->replayed, e);
+    return rc;
+}
+
+/* ---- rows */
+
+static void widen(const struct kept_rows *h, uint64_t n, float *k, float *v)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        bool f32 = h->dtype == KV_F32;
+
+        k[i] = f32 ? ((const float *)h->k)[i] : bf16_to_f32(((const uint16_t *)h->k)[i]);
+        v[i] = f32 ? ((const float *)h->v)[i] : bf16_to_f32(((const uint16_t *)h->v)[i]);
+    }
+}
+
+/* Refit the rows of one head where they stand for the dropped ones. */
+static int refit(struct run *r, uint32_t head, struct larder_err *e)
+{
+    struct kept_rows *h = &r->keep.heads[head];
+    uint64_t at = (uint64_t)head * r->n, d = r->p->geom.head_dim;
+    float *k = r->fit_k + at * d, *v = r->fit_v + at * d;
+
+    widen(h, h->n_rows * d, k, v);
+    h->k = k;
+    h->v = v;
+    h->dtype = KV_F32;
+    h->bias = r->policy->fit == FIT_MATCHING ? r->bias + at : NULL;
+    return match_fit(r->match, head, h->position, h->n_rows, v, r->bias + at, e);
+}
+
+static int deliver(struct run *r, uint32_t layer, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t g = 0; g < r->p->geom.n_kv_heads && r->match && !rc; g++)
+        rc = refit(r, g, e);
+    if (!rc)
+        rc = packer_layer(&r->packer, &r->p->geom, r->policy->precision, r->keep.heads, e);
     if (!rc && r->sink && r->sink->layer)
-        rc = r->sink->layer(r->sink->arg, layer, r->heads, e);
+        rc = r->sink->layer(r->sink->arg, layer, r->keep.heads, e);
+    return rc;
+}
+
+static int observe(struct run *r, uint32_t layer, struct larder_err *e)
+{
+    struct layer_rows x = {.layer = layer,
+                           .n = r->n,
+                           .stride = (uint32_t)r->stride,
+                           .position = r->pos,
+                           .k = r->k,
+                           .v = r->v,
+                           .score = r->score};
+    int rc = score_rows(r, layer, e);
+
+    if (rc || r->on_scores)
+        return rc;
+    if (keep_waits(&r->keep))
+        return hold_add(&r->hold, &x, e);
+    rc = keep_layer(&r->keep, &x, e);
+    return rc ? rc : deliver(r, layer, e);
+}
+
+static int deliver_held(struct run *r, struct larder_err *e)
+{
+    int rc;
+
+    if (!keep_waits(&r->keep))
+        return 0;
+    rc = keep_count_all(&r->keep, r->hold.layers, e);
+    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
+        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
+        if (!rc)
+            rc = deliver(r, l, e);
+    }
     return rc;
 }
 
@@ -411,25 +480,16 @@ static int certify(struct run *r, struct certificate *c, struct larder_err *e)
 
 /* ---- the whole thing */
 
-static int set_rows(struct run *r, struct larder_err *e)
+static int open_keep(struct run *r, struct larder_err *e)
 {
-    uint32_t n_heads = r->p->geom.n_layers * r->p->geom.n_kv_heads, least, even;
-    const struct shares *s = r->doc->shares;
-    int rc = policy_rows(r->policy, &r->policy->rows, r->n, &even, e);
+    uint32_t rows;
+    int rc = policy_rows(r->policy, &r->policy->rows, r->n, &rows, e);
 
-    if (rc)
-        return rc;
-    least = r->policy->sink < r->n ? r->policy->sink : r->n;
-    if (r->policy->shape == SHAPE_UNIFORM) {
-        for (uint32_t i = 0; i < n_heads; i++)
-            r->rows[i] = even;
-        return 0;
-    }
-    if (!s || s->n_heads != n_heads)
-        return larder_fail(e, LARDER_EUNSUPPORTED,
-                           "shape=shares needs the model's calibration; run larder calibrate");
-    shares_rows(s, policy_rows_exact(&r->policy->rows, r->n) / r->n, r->n, least, r->rows);
-    return 0;
+    if (!rc)
+        rc = keep_init(&r->keep, r->policy, &r->p->geom, r->b->elem, r->n, rows, e);
+    if (!rc && keep_waits(&r->keep))
+        rc = hold_init(&r->hold, &r->p->geom, r->b->elem, e);
+    return rc;
 }
 
 static int open_match(struct run *r, struct larder_err *e)
@@ -438,6 +498,12 @@ static int open_match(struct run *r, struct larder_err *e)
 
     if (r->policy->fit == FIT_NONE)
         return 0;
+    if (keep_waits(&r->keep))
+        return larder_fail(e, LARDER_EPOLICY,
+                           "policy: fit needs a layer's rows while its queries are there, and "
+                           "shape=global knows them only at the end; use shape=shares");
+    if (!alloc_fit(r))
+        return larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", r->n);
     return match_open(&r->match, r->b, r->replay, &o, e);
 }
 
@@ -446,14 +512,16 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
 {
     struct run r = {.b = b, .p = b->p, .doc = doc, .policy = policy, .sink = sink, .n = doc->n};
     struct engine_result res = {.n_ctx = doc->n, .next_pos = doc->n, .sel_layer = -1};
-    int rc = run_init(&r, policy->chunk, e);
+    int rc = open_keep(&r, e);
 
     if (!rc)
-        rc = set_rows(&r, e);
+        rc = run_init(&r, policy->chunk, e);
     if (!rc)
         rc = open_match(&r, e);
     for (uint32_t l = 0; l < b->p->geom.n_layers && !rc; l++)
         rc = run_layer(&r, l, e);
+    if (!rc)
+        rc = deliver_held(&r, e);
     if (!rc)
         rc = last_logits(&r, &res.logits, e);
     if (!rc)

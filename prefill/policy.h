@@ -128,6 +128,9 @@ struct policy {
     double decay;     /* share of the others that stays in the last layer, */
     uint32_t context; /* number of the others below which none is cut, */
     double weight;    /* weight of the last row; the first of the recent ones has 1 */
+    /* SHAPE_SHARES, SHAPE_HEADS: [n_layers][n_kv_heads], none negative. Not part of the string:
+     * the caller sets it after parsing. Borrowed; NULL: none was calibrated. */
+    const double *shares;
 };
 
 #define POLICY_TEXT_MAX 256

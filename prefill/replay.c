@@ -217,29 +217,32 @@ static void queries(const struct scoring *s, uint32_t h, uint32_t row, uint32_t 
     }
 }
 
-/* One row of logits: its probabilities of the chunk's rows go into best[]. */
+/* Row `row` of the chunk, query head h: its logits become probabilities, those of the chunk's
+ * rows go into best[]. */
 static void take_row(struct scoring *s, float *x, const struct span *span, uint32_t n_spans,
-                     uint32_t own, float *best)
+                     uint32_t row, uint32_t h, float *best)
 {
     const struct span *chunk = &span[n_spans - 2];
-    float max = -INFINITY, sum = 0, *p = x + chunk->at + chunk->from;
+    float max = -INFINITY, sum = 0, *p = x + chunk->at + chunk->from, scale;
+    const float *worth = s->x->worth ? s->x->worth + (uint64_t)h * s->r->n_doc + s->c->start : NULL;
     uint32_t n = s->c->end - s->c->start;
 
     for (uint32_t i = 0; i < n_spans; i++) {
-        uint32_t to = i + 1 == n_spans ? own : span[i].to;
+        uint32_t to = i + 1 == n_spans ? row + 1 : span[i].to;
 
         max = fmaxf(max, cpu_max(x + span[i].at + span[i].from, to - span[i].from));
     }
     for (uint32_t i = 0; i < n_spans; i++) {
-        uint32_t to = i + 1 == n_spans ? own : span[i].to;
+        uint32_t to = i + 1 == n_spans ? row + 1 : span[i].to;
 
         sum += cpu_softmax_exp(x + span[i].at + span[i].from, to - span[i].from, to - span[i].from,
                                max);
     }
-    if (!isfinite(sum)) /* the comparison below would swallow it */
+    scale = (s->x->length ? s->x->length[s->c->first + row] : 1) / sum;
+    if (!isfinite(scale)) /* the comparison below would swallow it */
         atomic_store(&s->bad, true);
     for (uint32_t j = 0; j < n; j++) {
-        float y = p[j] / sum;
+        float y = p[j] * scale * (worth ? worth[j] : 1);
 
         best[j] = y > best[j] ? y : best[j];
     }
@@ -275,7 +278,7 @@ static void score_item(void *arg, uint32_t item, uint32_t worker)
                              .n = mul_padded(span[i].to),
                              .k = d});
     for (uint32_t i = 0; i < rows; i++)
-        take_row(s, x + (uint64_t)i * wide, span, n_spans, row + i + 1, best);
+        take_row(s, x + (uint64_t)i * wide, span, n_spans, row + i, h, best);
 }
 
 static int score_chunk(struct scoring *s, struct larder_err *e)

@@ -47,6 +47,9 @@ struct replay_rows {
     const void *q; /* [n_heads][stride][head_dim]: document rows, then replay rows */
     const void *k; /* [n_kv_heads][stride][head_dim] likewise */
     uint64_t stride;
+    /* KVzip+, or NULL: a probability is multiplied by both */
+    const float *worth;  /* [n_heads][n_doc]: what the row's value adds to the output */
+    const float *length; /* [replay rows]: 1 / length of the layer's input after its norm */
 };
 
 /* score[n_kv_heads][n_doc] = the largest probability that any replay row of the chunk and any

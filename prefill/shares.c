@@ -48,7 +48,7 @@ int shares_add(struct shares *s, double budget, const float *share, struct larde
 }
 
 /* Between the two budgets around `budget`; a budget of 1 keeps everything. */
-static double share_at(const struct shares *s, double budget, uint32_t head)
+static double one_share(const struct shares *s, double budget, uint32_t head)
 {
     uint32_t i = 0;
     double lo, hi, a, b;
@@ -64,15 +64,10 @@ static double share_at(const struct shares *s, double budget, uint32_t head)
     return hi > lo ? a + (b - a) * (budget - lo) / (hi - lo) : b;
 }
 
-void shares_rows(const struct shares *s, double budget, uint32_t n, uint32_t least, uint32_t *rows)
+void shares_at(const struct shares *s, double budget, double *out)
 {
-    for (uint32_t h = 0; h < s->n_heads; h++) {
-        double t = floor(share_at(s, budget, h) * n + 0.5);
-
-        rows[h] = t < least ? least : t > n ? n : (uint32_t)t;
-        if (rows[h] > n)
-            rows[h] = n;
-    }
+    for (uint32_t h = 0; h < s->n_heads; h++)
+        out[h] = one_share(s, budget, h);
 }
 
 static int descending(const void *a, const void *b)

@@ -29,9 +29,9 @@ void shares_free(struct shares *s);
 /* Add the shares of one budget, which must be above the last one. */
 int shares_add(struct shares *s, double budget, const float *share, struct larder_err *e);
 
-/* rows[n_heads] for a document of n tokens: between measured budgets shares are interpolated,
- * beyond them scaled. Each head keeps at least `least` rows (or n). */
-void shares_rows(const struct shares *s, double budget, uint32_t n, uint32_t least, uint32_t *rows);
+/* out[n_heads]: the shares of a budget; between measured ones they are interpolated, below
+ * the first scaled. */
+void shares_at(const struct shares *s, double budget, double *out);
 
 /* The shares that one threshold over all heads gives: score[n_heads][n], the first `sink` rows
  * of each head always kept. out[n_heads]. */

@@ -6,7 +6,7 @@
 #include "engine_fixture.h"
 #include "match.h"
 #include "mul.h"
-#include "probe.h"
+#include "recall.h"
 #include "replay.h"
 #include "shares.h"
 #include "solve.h"
@@ -45,7 +45,7 @@ static struct layer_data *make_layer(void)
     l->chunk[1] = (struct replay_chunk){48, DOC, 52, 48};
     l->r = (struct replay){
         .n_doc = DOC, .chunk = l->chunk, .n_chunks = 2, .n_rows = REP, .max_rows = 52};
-    l->x = (struct replay_rows){l->q, l->k, STRIDE};
+    l->x = (struct replay_rows){.q = l->q, .k = l->k, .stride = STRIDE};
     return l;
 }
 
@@ -436,7 +436,7 @@ static void shares_are_interpolated_and_bounded(void **state)
 {
     const float low[2] = {0.1f, 0.3f}, high[2] = {0.4f, 0.6f}, wrong[2] = {0.1f, 1.5f};
     struct shares *s = NULL;
-    uint32_t rows[2];
+    double at[2];
 
     (void)state;
     assert_int_equal(shares_new(&s, 2, NULL), 0);
@@ -444,14 +444,12 @@ static void shares_are_interpolated_and_bounded(void **state)
     assert_int_equal(shares_add(s, 0.2, high, NULL), LARDER_EINVAL);
     assert_int_equal(shares_add(s, 0.5, wrong, NULL), LARDER_EINVAL);
     assert_int_equal(shares_add(s, 0.5, high, NULL), 0);
-    shares_rows(s, 0.35, 1000, 4, rows);
-    assert_true(rows[0] == 250 && rows[1] == 450);
-    shares_rows(s, 0.02, 1000, 20, rows);
-    assert_true(rows[0] == 20 && rows[1] == 30);
-    shares_rows(s, 1, 1000, 4, rows);
-    assert_true(rows[0] == 1000 && rows[1] == 1000);
-    shares_rows(s, 0.5, 3, 4, rows);
-    assert_true(rows[0] == 3 && rows[1] == 3);
+    shares_at(s, 0.35, at);
+    assert_true(fabs(at[0] - 0.25) < 1e-6 && fabs(at[1] - 0.45) < 1e-6);
+    shares_at(s, 0.02, at);
+    assert_true(fabs(at[0] - 0.01) < 1e-6 && fabs(at[1] - 0.03) < 1e-6);
+    shares_at(s, 1, at);
+    assert_true(at[0] == 1 && at[1] == 1);
     shares_free(s);
 }
 
