@@ -580,8 +580,6 @@ static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
 /* What a policy asks for that is not computed; NULL: nothing. */
 static const char *missing(const struct policy *p)
 {
-    if (p->obs == OBS_REPLAY_PLUS)
-        return "obs=replay+";
     if (p->replay != 100)
         return "replay of a share";
     if (p->rows.kind == ROWS_AUTO)

@@ -158,9 +158,10 @@ static void make_groups(struct match *m, uint32_t span)
 
         if (!u || (span && u->n_rows >= span && left >= span / 2)) {
             u = &m->group[m->n_groups++];
-            *u = (struct match_group){.row = r->chunk[c].start, .block = m->n_blocks};
+            /* rows before the first chunk are nobody's else */
+            *u = (struct match_group){.row = c ? r->chunk[c].start : 0, .block = m->n_blocks};
         }
-        u->n_rows += r->chunk[c].end - r->chunk[c].start;
+        u->n_rows = r->chunk[c].end - u->row;
         for (uint32_t h = 0; h < m->n_group; h++) {
             for (uint32_t row = 0; row < r->chunk[c].n; row += MATCH_ROWS) {
                 uint32_t rows = r->chunk[c].n - row;

@@ -22,10 +22,10 @@ static const char next_prompt[] = "Repeat the part of the previous context exact
 
 /* ---- the plan */
 
-/* Token ids around a repeated chunk. */
+/* Token ids around a repeated chunk, and those that a document begins with. */
 struct prompt {
-    uint32_t *first, *next, *tail;
-    size_t n_first, n_next, n_tail;
+    uint32_t *first, *next, *tail, *head;
+    size_t n_first, n_next, n_tail, n_head;
 };
 
 static void prompt_done(struct prompt *p)
@@ -33,6 +33,7 @@ static void prompt_done(struct prompt *p)
     mem_free(p->first);
     mem_free(p->next);
     mem_free(p->tail);
+    mem_free(p->head);
 }
 
 static int encode(const struct tokenizer *t, const char *head, const char *text, uint32_t **ret,
@@ -61,7 +62,17 @@ static int make_prompt(const struct model *m, const struct template *tmpl, struc
     rc = encode(t, head, first_prompt, &p->first, &p->n_first, e);
     if (!rc)
         rc = encode(t, head, next_prompt, &p->next, &p->n_next, e);
+    if (!rc && tmpl)
+        rc = encode(t, tmpl->doc_head, "", &p->head, &p->n_head, e);
     return rc ? rc : encode(t, tail, "", &p->tail, &p->n_tail, e);
+}
+
+/* Tokens at the start that are the chat form's and not the document's: nobody asks for them. */
+static uint32_t head_of(const struct prompt *p, const uint32_t *ids, uint32_t n)
+{
+    if (!p->n_head || p->n_head >= n || memcmp(ids, p->head, p->n_head * sizeof *ids))
+        return 0;
+    return (uint32_t)p->n_head;
 }
 
 /* Tokens of a chunk such that its replay ends within the model's positions. */
@@ -99,7 +110,7 @@ static void add_chunk(struct replay *r, const struct prompt *p, const uint32_t *
 {
     uint32_t n = 0, before = start < OVERLAP ? start : OVERLAP;
 
-    if (start) {
+    if (r->n_chunks) {
         append(r, &n, p->next, p->n_next);
         append(r, &n, ids + start - before, before);
     } else {
@@ -123,7 +134,7 @@ static int fill(struct replay *r, const struct prompt *p, const uint32_t *ids, u
     r->pos = mem_alloc(most, sizeof *r->pos);
     if (!r->chunk || !r->ids || !r->pos)
         return larder_fail(e, LARDER_ENOMEM, "no memory to replay %u tokens", n);
-    for (uint32_t at = 0; at < n; at += chunk)
+    for (uint32_t at = head_of(p, ids, n); at < n; at += chunk)
         add_chunk(r, p, ids, at, n - at < chunk ? n : at + chunk);
     return 0;
 }

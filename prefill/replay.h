@@ -28,7 +28,7 @@ struct replay_chunk {
 
 struct replay {
     uint32_t n_doc;
-    struct replay_chunk *chunk;
+    struct replay_chunk *chunk; /* from the end of the chat form's head to that of the document */
     uint32_t n_chunks;
     uint32_t n_rows;
     uint32_t max_rows; /* of a chunk */
@@ -54,7 +54,7 @@ struct replay_rows {
 
 /* score[n_kv_heads][n_doc] = the largest probability that any replay row of the chunk and any
  * query head of the group gives the row, softmax over the first rows, the chunk and the
- * replay rows before it. */
+ * replay rows before it; 0 for rows that no chunk repeats. */
 int replay_score(struct backend *b, const struct replay *r, const struct replay_rows *x,
                  float *score, struct larder_err *e);
 

@@ -95,7 +95,7 @@ def run_methods(args, tmp, doc, methods, chat=False):
     for entry in plan:
         words += ["--policy", entry[3]]
     try:
-        answers = engine(args, words + (["--template", CHAT] if chat else []))
+        answers = engine(args, words + ["--template", CHAT if chat else "plain"])
     except common.Unsupported:
         for m, _, r, _ in plan:
             common.skip("%s %s, %s removed" % (doc, m, r), "this build does not compute it")
