@@ -229,6 +229,8 @@ def main():
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve, args.model, args.longest)
+    # An exit rather than death, so that the processes below are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     lengths = [int(n) for n in args.tokens.split(",")]
     missed, subjects = {}, []
     with tempfile.TemporaryDirectory(prefix="larder-bench-") as directory, \

@@ -1,14 +1,26 @@
 #!/bin/bash
-# tests/bench/run.sh BUILD [RUNS] - measure prefill against peers, fetches, and the worker's memory.
+# tests/bench/run.sh BUILD [RUNS [TOKENS]] - measure prefill against peers, fetches, and memory.
 #
 # Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
 # it, then prefill_peers.py with the daemon stopped. Prints tables; the same figures go to
-# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS is that of
-# the prefill (5); the programs say their own.
+# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
+# TOKENS (512,2048,5000) are those of the prefill. Nothing started here outlives it.
 . "$(dirname "$0")/../e2e/lib.sh"
 runs=${2:-5}
+lengths=${3:-512,2048,5000}
+peers=
 csv=$dir/rows.csv
 rows=2048
+
+end_all() {
+    # In the background, because a shell that waits for a program in front hears no signal
+    if [ -n "$peers" ]; then
+        kill "$peers" 2>/dev/null
+        wait "$peers"
+    fi
+    finish
+}
+trap end_all EXIT
 
 # Processor and its best instruction set for this work: amd-epyc-avx2
 machine() {
@@ -89,7 +101,10 @@ echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
 echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,$tag" >>"$csv"
 store_and_fetch
 python3 tests/bench/prefill_peers.py --build "$build" --model "$model" --runs "$runs" \
-    --csv "$csv" || exit 1
+    --tokens "$lengths" --csv "$csv" &
+peers=$!
+wait "$peers" || die "prefill_peers.py failed"
+peers=
 mkdir -p tests/bench/results
 cp "$csv" "tests/bench/results/$tag.csv"
 echo
