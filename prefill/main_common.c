@@ -103,6 +103,14 @@ int setup_open(const struct options *o, struct engine_setup *ret, struct larder_
     return 0;
 }
 
+int setup_policy(const struct engine_setup *s, const char *text, struct policy *ret,
+                 struct larder_err *e)
+{
+    int rc = policy_parse(text, ret, e);
+
+    return rc ? rc : shares_name_in(s->shares, ret, e);
+}
+
 void setup_done(struct engine_setup *s)
 {
     if (s->backend)

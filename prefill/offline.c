@@ -37,8 +37,7 @@ struct run {
     float *keep_k, *keep_v, *bias;
     struct kept_rows *heads;
     double load_ms;
-    int (*on_scores)(void *arg, uint32_t layer, const float *score, struct larder_err *e);
-    void *scores_arg;
+    const struct offline_watch *watch; /* scores are all that is wanted */
 };
 
 static double now_ms(void)
@@ -262,8 +261,8 @@ static int observe(struct run *r, uint32_t layer, struct larder_err *e)
         rc = match_layer(r->match, &x, r->v, &score, e);
     else
         rc = replay_score(r->b, r->replay, &x, r->score, e);
-    if (!rc && r->on_scores)
-        return r->on_scores(r->scores_arg, layer, score, e);
+    if (!rc && r->watch)
+        return r->watch->layer(r->watch->arg, layer, score, e);
     for (uint32_t g = 0; g < r->p->geom.n_kv_heads && !rc; g++)
         rc = keep_head(r, layer, g, score, e);
     if (!rc && r->sink && r->sink->layer)
@@ -371,18 +370,12 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
 }
 
 int offline_scores(struct backend *b, const struct engine_doc *doc, uint32_t chunk,
-                   int (*layer)(void *arg, uint32_t layer, const float *score,
-                                struct larder_err *e),
-                   void *arg, struct larder_err *e)
+                   const struct offline_watch *watch, struct larder_err *e)
 {
     struct policy p = {.kind = POLICY_OFFLINE, .obs = OBS_REPLAY};
-    struct run r = {.b = b,
-                    .p = b->p,
-                    .doc = doc,
-                    .policy = &p,
-                    .n = doc->n,
-                    .on_scores = layer,
-                    .scores_arg = arg};
+    struct engine_sink sink = {watch->arg, NULL, watch->progress};
+    struct run r = {
+        .b = b, .p = b->p, .doc = doc, .policy = &p, .sink = &sink, .n = doc->n, .watch = watch};
     int rc = run_init(&r, chunk, e);
 
     for (uint32_t l = 0; l < b->p->geom.n_layers && !rc; l++)
