@@ -89,6 +89,9 @@ CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
 all: $(PROGRAMS) $(CLIENT_LIBS)
 
+# A text that is part of the program (.incbin) is not seen by -MMD.
+$(B)/prefill/calibration.o: $(wildcard prefill/calibration/*.txt)
+
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
 	@$(call say,CC,$<)
@@ -117,8 +120,10 @@ $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
 
 # liblarder: the client library with the parts of ipc and base it needs. Decoders
-# link this, so it exports larder_* only and pulls in no library but jansson.
-client_parts := $(call obj,$(SRC_client) $(SRC_ipc) $(filter-out base/sha256.c,$(SRC_base)))
+# link this, so it exports larder_* only and pulls in no library but jansson: what needs
+# libcrypto stays out.
+hashing := base/sha256.c base/profile_id.c ipc/profile.c
+client_parts := $(call obj,$(filter-out $(hashing),$(SRC_client) $(SRC_ipc) $(SRC_base)))
 SOVERSION := 0
 $(B)/liblarder.so: $(client_parts) client/liblarder.map
 	@$(call say,LD,$@)

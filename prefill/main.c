@@ -28,12 +28,12 @@ static const struct command commands[] = {
          BIT(QUESTIONS) | BIT(POLICY) | BIT(TEMPLATE) | BIT(MAX_NEW) | BIT(IGNORE_EOS) |
          BIT(TRACE) | BIT(PROFILE) | BIT(JSON),
      main_ask},
-    {"calibrate", "--model PATH [--template T] [options] TEXT...",
-     ENGINE_BITS | BIT(MODEL) | BIT(TEMPLATE), main_calibrate},
+    {"calibrate", "--model PATH [--template T] [--no-builtin] [options] [TEXT...]",
+     ENGINE_BITS | BIT(MODEL) | BIT(TEMPLATE) | BIT(NO_BUILTIN), main_calibrate},
     {"tokenize", "--model PATH (--file F | --strings F) [--template T] [--json]",
      BIT(MODEL) | BIT(FILE) | BIT(STRINGS) | BIT(TEMPLATE) | BIT(JSON) | BIT(HELP), main_tokenize},
     {"info", "--model PATH [--policy P]... [options]",
-     ENGINE_BITS | BIT(MODEL) | BIT(POLICY) | BIT(TEMPLATE) | BIT(JSON), main_info},
+     ENGINE_BITS | BIT(MODEL) | BIT(POLICY) | BIT(TEMPLATE) | BIT(PROFILE) | BIT(JSON), main_info},
     {"worker", "(--fd N | --connect PATH) --model NAME=PATH[,template=T]... [options]",
      ENGINE_BITS | BIT(MODEL) | BIT(KNOWN) | BIT(FD) | BIT(CONNECT), main_worker},
 };

@@ -62,7 +62,7 @@ static int spell_policies(const struct options *o, struct info *in, struct larde
     int rc = 0;
 
     for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++) {
-        rc = policy_parse(o->value[OPTION_POLICY][i], &p, e);
+        rc = setup_policy(&in->s, o->value[OPTION_POLICY][i], &p, e);
         if (!rc)
             policy_print(&p, in->policy[in->n_policies++]);
     }
@@ -89,9 +89,9 @@ int main_info(const struct options *o, struct larder_err *e)
 
     if (o->n_args)
         return main_usage(e, "unexpected argument '%.64s'", o->arg[0]);
-    rc = spell_policies(o, &in, e);
+    rc = setup_open(o, &in.s, e);
     if (!rc)
-        rc = setup_open(o, &in.s, e);
+        rc = spell_policies(o, &in, e);
     if (!rc)
         rc = fingerprints(&in, e);
     if (!rc && o->n[OPTION_JSON])

@@ -73,7 +73,7 @@ static int trace_one(const struct engine_setup *s, const struct document *d, con
     struct engine_sink sink = {&c, cache_add, NULL};
     struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
     struct policy p;
-    int rc = policy_parse(text, &p, e);
+    int rc = setup_policy(s, text, &p, e);
 
     if (!rc)
         rc = cache_init(&c, s->backend, false, e);

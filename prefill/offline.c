@@ -48,8 +48,7 @@ struct run {
     float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
     float *bias;          /* [n_kv_heads][n] */
     double load_ms;
-    int (*on_scores)(void *arg, uint32_t layer, const float *score, struct larder_err *e);
-    void *scores_arg;
+    const struct offline_watch *watch; /* scores are all that is wanted */
 };
 
 static double now_ms(void)
@@ -158,7 +157,7 @@ static int run_init(struct run *r, uint32_t chunk, struct larder_err *e)
     int rc = replay_plan(&r->replay, r->b->model, r->doc->tmpl, r->doc->ids, r->n, chunk, e);
 
     /* rows that are chosen only at the end cannot be asked layer by layer */
-    if (!rc && !r->on_scores && !keep_waits(&r->keep))
+    if (!rc && !r->watch && !keep_waits(&r->keep))
         rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids, r->n, e);
     if (rc)
         return rc;
@@ -225,7 +224,7 @@ static int attend_others(struct run *r, bool last, struct larder_err *e)
         rc = attend_part(r, r->n + (uint64_t)r->replay->chunk[i].first, r->replay->chunk[i].n, e);
     if (!rc)
         rc = attend_probes(r, r->at_full, e);
-    for (uint32_t h = 0; h < g->n_kv_heads; h++) {
+    for (uint32_t h = 0; r->probes && h < g->n_kv_heads; h++) {
         const struct kept_rows *k = &r->keep.heads[h];
 
         r->past[h] = (struct past_rows){k->n_rows, k->dtype, k->k, k->v, k->bias};
@@ -316,8 +315,8 @@ static int score_rows(struct run *r, uint32_t layer, struct larder_err *e)
         rc = replay_score(r->b, r->replay, &x, r->replayed, e);
     for (uint64_t i = 0; i < n && !rc; i++)
         r->score[i] = score[i];
-    if (!rc && r->on_scores)
-        rc = r->on_scores(r->scores_arg, layer, r->replayed, e);
+    if (!rc && r->watch)
+        rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
     return rc;
 }
 
@@ -372,7 +371,7 @@ static int observe(struct run *r, uint32_t layer, struct larder_err *e)
                            .score = r->score};
     int rc = score_rows(r, layer, e);
 
-    if (rc || r->on_scores)
+    if (rc || r->watch)
         return rc;
     if (keep_waits(&r->keep))
         return hold_add(&r->hold, &x, e);
@@ -536,18 +535,12 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
 }
 
 int offline_scores(struct backend *b, const struct engine_doc *doc, uint32_t chunk,
-                   int (*layer)(void *arg, uint32_t layer, const float *score,
-                                struct larder_err *e),
-                   void *arg, struct larder_err *e)
+                   const struct offline_watch *watch, struct larder_err *e)
 {
     struct policy p = {.kind = POLICY_OFFLINE, .obs = OBS_REPLAY};
-    struct run r = {.b = b,
-                    .p = b->p,
-                    .doc = doc,
-                    .policy = &p,
-                    .n = doc->n,
-                    .on_scores = layer,
-                    .scores_arg = arg};
+    struct engine_sink sink = {watch->arg, NULL, watch->progress};
+    struct run r = {
+        .b = b, .p = b->p, .doc = doc, .policy = &p, .sink = &sink, .n = doc->n, .watch = watch};
     int rc = run_init(&r, chunk, e);
 
     for (uint32_t l = 0; l < b->p->geom.n_layers && !rc; l++)

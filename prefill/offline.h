@@ -15,10 +15,16 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
                     const struct engine_sink *sink, struct engine_result *ret,
                     struct larder_err *e);
 
-/* The replay scores of every layer, score[n_kv_heads][n], and nothing else. */
+struct offline_watch {
+    void *arg;
+    /* score[n_kv_heads][n] of each layer in turn. */
+    int (*layer)(void *arg, uint32_t layer, const float *score, struct larder_err *e);
+    /* As engine_sink.progress; may be NULL. */
+    int (*progress)(void *arg, const char *pass, uint32_t layer, uint32_t n_layers);
+};
+
+/* The replay scores of every layer, and nothing else. */
 int offline_scores(struct backend *b, const struct engine_doc *doc, uint32_t chunk,
-                   int (*layer)(void *arg, uint32_t layer, const float *score,
-                                struct larder_err *e),
-                   void *arg, struct larder_err *e);
+                   const struct offline_watch *watch, struct larder_err *e);
 
 #endif

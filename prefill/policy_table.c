@@ -26,9 +26,9 @@
 #define SINK_ROWS 4 /* first rows attract attention whatever they say */
 
 static const char *const key_name[N_KEYS] = {
-    "rows",   "select", "w",     "pool",    "poolkind", "lmin",   "lobs", "tau",
-    "layer",  "obs",    "shape", "cut",     "sink",     "guard",  "eps",  "chunk",
-    "replay", "recent", "decay", "context", "weight",   "max_kl", "fit",  "precision",
+    "rows",  "select",  "w",      "pool",   "poolkind", "lmin",      "lobs",    "tau",    "layer",
+    "obs",   "shape",   "cut",    "sink",   "guard",    "eps",       "chunk",   "replay", "recent",
+    "decay", "context", "weight", "max_kl", "fit",      "precision", "profile",
 };
 
 struct named {
@@ -285,6 +285,8 @@ unsigned policy_keys_taken(const struct policy *p)
         keys |= BIT(MAX_KL);
     if (policy_is_replay(p))
         keys |= BIT(FIT);
+    if (policy_uses_profile(p))
+        keys |= BIT(PROFILE);
     return keys | BIT(SINK);
 }
 
@@ -300,6 +302,7 @@ unsigned policy_keys_printed(const struct policy *p)
     moved |= p->sink != d.sink || p->sink != here.sink ? BIT(SINK) : 0;
     moved |= p->precision != d.precision ? BIT(PRECISION) : 0;
     moved |= p->fit != d.fit || p->fit != here.fit ? BIT(FIT) : 0;
+    moved |= *p->profile ? BIT(PROFILE) : 0;
     return keys_needed(p) | moved;
 }
 

@@ -35,7 +35,8 @@ int shares_add(struct shares *s, double budget, const float *share, struct larde
     if (s->n_budgets == SHARES_MAX_BUDGETS)
         return larder_fail(e, LARDER_ETOOBIG, "more than %u budgets in a table of shares",
                            SHARES_MAX_BUDGETS);
-    if (!(budget > 0 && budget <= 1) || (s->n_budgets && budget <= s->budget[s->n_budgets - 1]))
+    if (!((float)budget > 0 && budget <= 1) ||
+        (s->n_budgets && (float)budget <= s->budget[s->n_budgets - 1]))
         return larder_fail(e, LARDER_EINVAL,
                            "budgets of a table of shares ascend and lie between 0 and 1");
     for (uint32_t i = 0; i < s->n_heads; i++)
@@ -43,7 +44,20 @@ int shares_add(struct shares *s, double budget, const float *share, struct larde
             return larder_fail(e, LARDER_EINVAL, "share %u of budget %g is not between 0 and 1", i,
                                budget);
     memcpy(s->share + (uint64_t)s->n_budgets * s->n_heads, share, s->n_heads * sizeof *share);
-    s->budget[s->n_budgets++] = budget;
+    s->budget[s->n_budgets++] = (float)budget;
+    return profile_id(s->n_heads, s->n_budgets, s->budget, s->share, s->id, e);
+}
+
+int shares_name_in(const struct shares *s, struct policy *p, struct larder_err *e)
+{
+    if (!policy_uses_profile(p) || !s || !strcmp(p->profile, s->id))
+        return 0;
+    if (*p->profile)
+        return larder_fail(e, LARDER_EPOLICY,
+                           "policy: profile=%s is not the model's, which is %s; leave it out or "
+                           "calibrate the model again",
+                           p->profile, s->id);
+    memcpy(p->profile, s->id, sizeof p->profile);
     return 0;
 }
 

@@ -13,21 +13,29 @@
 #include <stdint.h>
 
 #include "larder_status.h"
+#include "policy.h"
 
 #define SHARES_MAX_BUDGETS 32u
 
 struct shares {
     uint32_t n_heads;   /* n_layers * n_kv_heads */
     uint32_t n_budgets; /* ascending, at least 1 */
-    double budget[SHARES_MAX_BUDGETS];
-    float *share; /* [n_budgets][n_heads] */
+    float budget[SHARES_MAX_BUDGETS];
+    float *share;                /* [n_budgets][n_heads] */
+    char id[PROFILE_ID_LEN + 1]; /* of what is in it */
 };
 
 int shares_new(struct shares **ret, uint32_t n_heads, struct larder_err *e);
 void shares_free(struct shares *s);
 
-/* Add the shares of one budget, which must be above the last one. */
+/* Add the shares of one budget, which must be above the last one; both are kept as f32, so that
+ * what is computed with is what the identity is made of. */
 int shares_add(struct shares *s, double budget, const float *share, struct larder_err *e);
+
+/* A policy that reads a table and names none gets this one's name, since the table is part of what
+ * is computed. LARDER_EPOLICY: it names another. Other policies stay as they are. `s` may be
+ * NULL: never calibrated. */
+int shares_name_in(const struct shares *s, struct policy *p, struct larder_err *e);
 
 /* out[n_heads]: the shares of a budget; between measured ones they are interpolated, below
  * the first scaled. */

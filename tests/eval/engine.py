@@ -52,7 +52,7 @@ class Engine:
     def identify(self, policies):
         """-> ({policy as written: canonical spelling}, what computes): results are looked up by
         both before anything is computed."""
-        words = ["info", "--model", self.model, "--json"] + self.compute
+        words = ["info", "--model", self.model, "--json"] + self.compute + self.profile
         for p in policies:
             words += ["--policy", p]
         info = self._json(words)[0]

@@ -8,7 +8,6 @@
 #include "mul.h"
 #include "recall.h"
 #include "replay.h"
-#include "shares.h"
 #include "solve.h"
 
 enum {
@@ -401,7 +400,7 @@ static void an_indefinite_matrix_is_reported(void **state)
     b->ops->close(b);
 }
 
-/* ---- plans, shares, probes */
+/* ---- plans and probes */
 
 static void a_replay_repeats_every_token_once(void **state)
 {
@@ -430,38 +429,6 @@ static void a_replay_repeats_every_token_once(void **state)
     replay_free(r);
     assert_int_equal(replay_plan(&r, &m, NULL, ids, FAKE_POSITIONS - 8, 400, NULL),
                      LARDER_ETOOLONG);
-}
-
-static void shares_are_interpolated_and_bounded(void **state)
-{
-    const float low[2] = {0.1f, 0.3f}, high[2] = {0.4f, 0.6f}, wrong[2] = {0.1f, 1.5f};
-    struct shares *s = NULL;
-    double at[2];
-
-    (void)state;
-    assert_int_equal(shares_new(&s, 2, NULL), 0);
-    assert_int_equal(shares_add(s, 0.2, low, NULL), 0);
-    assert_int_equal(shares_add(s, 0.2, high, NULL), LARDER_EINVAL);
-    assert_int_equal(shares_add(s, 0.5, wrong, NULL), LARDER_EINVAL);
-    assert_int_equal(shares_add(s, 0.5, high, NULL), 0);
-    shares_at(s, 0.35, at);
-    assert_true(fabs(at[0] - 0.25) < 1e-6 && fabs(at[1] - 0.45) < 1e-6);
-    shares_at(s, 0.02, at);
-    assert_true(fabs(at[0] - 0.01) < 1e-6 && fabs(at[1] - 0.03) < 1e-6);
-    shares_at(s, 1, at);
-    assert_true(at[0] == 1 && at[1] == 1);
-    shares_free(s);
-}
-
-static void shares_come_from_one_threshold(void **state)
-{
-    const float a[6] = {0, 0, .9f, .8f, .7f, .1f}, b[6] = {0, 0, .6f, .05f, .04f, .03f};
-    const float *score[2] = {a, b};
-    float out[2];
-
-    (void)state;
-    assert_int_equal(shares_measure(score, 2, 6, 2, 8.0 / 12, out, NULL), 0);
-    assert_true(fabsf(out[0] - 5.0f / 6) < 1e-6f && fabsf(out[1] - 3.0f / 6) < 1e-6f);
 }
 
 static void probes_quote_the_document(void **state)
@@ -518,8 +485,6 @@ int main(void)
         cmocka_unit_test(systems_are_solved),
         cmocka_unit_test(an_indefinite_matrix_is_reported),
         cmocka_unit_test(a_replay_repeats_every_token_once),
-        cmocka_unit_test(shares_are_interpolated_and_bounded),
-        cmocka_unit_test(shares_come_from_one_threshold),
         cmocka_unit_test(probes_quote_the_document),
         cmocka_unit_test(a_cache_certified_against_itself_is_perfect),
     };

@@ -240,20 +240,30 @@ static void a_decay_drops_a_few_tokens_after_each_layer(void **state)
     drop(&full);
 }
 
-/* ---- shares, which come with a model and not with the string */
+/* ---- shares, which come with the model's calibration and not with the string */
 
+/* `shares` in any unit: only their proportions matter. */
 static struct outcome run_shares(const struct model *m, const char *text, const double *shares)
 {
     struct backend *b = open_backend(m, 2);
     struct outcome o = {0};
     struct engine_sink sink = {&o, on_layer, on_progress};
+    struct engine_doc doc = {NULL, N, NULL, NULL};
+    struct shares *table = NULL;
+    float part[HEADS];
     struct policy p;
     uint32_t ids[N];
 
+    for (int i = 0; i < HEADS; i++)
+        part[i] = (float)shares[i] / 8;
+    assert_int_equal(shares_new(&table, HEADS, NULL), 0);
+    assert_int_equal(shares_add(table, 0.25, part, NULL), 0);
     make_ids(ids, N);
+    doc.ids = ids;
+    doc.shares = table;
     assert_int_equal(policy_parse(text, &p, NULL), 0);
-    p.shares = shares;
-    o.rc = engine_prefill(b, ids, N, &p, &sink, &o.r, &o.e);
+    o.rc = engine_prefill(b, &doc, &p, &sink, &o.r, &o.e);
+    shares_free(table);
     b->ops->close(b);
     return o;
 }
@@ -304,22 +314,20 @@ static void duo_keeps_whole_heads_and_recent_rows(void **state)
 
 static void policies_that_are_not_computed_are_refused_by_name(void **state)
 {
-    static const char *const policies[] = {"kvzip",
-                                           "kvzip+",
-                                           "matching",
-                                           "offline",
-                                           "duo",
-                                           "snapkv,shape=shares",
-                                           "snapkv,rows=auto",
-                                           "snapkv,precision=int8"};
+    static const char *const policies[][2] = {{"matching", "calibration"},
+                                              {"offline", "calibration"},
+                                              {"duo", "calibration"},
+                                              {"snapkv,shape=shares", "calibration"},
+                                              {"snapkv,rows=auto", "not available"},
+                                              {"kvzip,replay=50%", "not available"}};
     struct model m = fake_model();
 
     (void)state;
     for (size_t p = 0; p < sizeof policies / sizeof policies[0]; p++) {
-        struct outcome o = prefill(&m, N, policies[p]);
+        struct outcome o = prefill(&m, N, policies[p][0]);
 
         assert_int_equal(o.rc, LARDER_EUNSUPPORTED);
-        assert_non_null(strstr(o.e.msg, "is not available"));
+        assert_non_null(strstr(o.e.msg, policies[p][1]));
         assert_int_equal(o.n_progress, 0);
         drop(&o);
     }
