@@ -13,6 +13,7 @@
 
 #include "half.h"
 #include "mem.h"
+#include "pack.h"
 #include "select.h"
 
 /* Per-layer scores of the rankable rows. */
@@ -45,6 +46,8 @@ struct run {
     void *keep_k, *keep_v;   /* gathered rows of one layer */
     uint32_t *keep_pos;      /* [n_kv_heads][rows] */
     struct kept_rows *heads; /* [n_kv_heads] */
+    enum kv_dtype precision; /* of the rows that the sink gets */
+    struct packer packer;
     struct variance_point *trace;
     uint32_t n_trace;
     int32_t sel_layer;
@@ -88,6 +91,7 @@ static void run_done(struct run *r)
     mem_free(r->keep_v);
     mem_free(r->keep_pos);
     mem_free(r->heads);
+    packer_done(&r->packer);
     mem_free(r->trace);
 }
 
@@ -264,7 +268,7 @@ static void gather(struct run *r, const uint32_t *keep, uint32_t n_rows, uint32_
         memcpy(to_v + i * bytes, v + keep[i] * bytes, bytes);
         to_pos[i] = r->original[keep[i]];
     }
-    r->heads[head] = (struct kept_rows){n_rows, to_pos, to_k, to_v, NULL};
+    r->heads[head] = (struct kept_rows){n_rows, to_pos, to_k, to_v, NULL, r->b->elem};
 }
 
 /* The best rows of each KV head by its own scores, and the window. */
@@ -294,8 +298,9 @@ static void keep_all(struct run *r)
     uint64_t head = (uint64_t)r->stride * r->p->geom.head_dim * kv_dtype_bytes(r->b->elem);
 
     for (uint32_t g = 0; g < r->p->geom.n_kv_heads; g++)
-        r->heads[g] = (struct kept_rows){r->n, r->original, (const uint8_t *)r->k + g * head,
-                                         (const uint8_t *)r->v + g * head, NULL};
+        r->heads[g] = (struct kept_rows){
+            r->n, r->original, (const uint8_t *)r->k + g * head, (const uint8_t *)r->v + g * head,
+            NULL, r->b->elem};
 }
 
 static int emit(struct run *r, uint32_t layer, struct larder_err *e)
@@ -308,6 +313,8 @@ static int emit(struct run *r, uint32_t layer, struct larder_err *e)
         rc = keep_best(r, e);
     else
         keep_all(r);
+    if (!rc)
+        rc = packer_layer(&r->packer, &r->p->geom, r->precision, r->heads, e);
     return rc ? rc : r->sink->layer(r->sink->arg, layer, r->heads, e);
 }
 
@@ -651,7 +658,7 @@ int engine_supports(const struct policy *p, struct larder_err *e)
     bool old = p->obs == OBS_NONE || p->obs == OBS_TAIL || p->obs == OBS_DOT;
 
     if (old && p->kind <= POLICY_ASL2PASS && p->shape == SHAPE_UNIFORM && !p->sink &&
-        p->precision == KV_BF16 && p->rows.kind != ROWS_AUTO)
+        p->rows.kind != ROWS_AUTO)
         return 0;
     policy_print(p, text);
     return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s is not computed yet", text);
@@ -661,7 +668,12 @@ int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const str
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
 {
     struct policy p = *policy;
-    struct run proto = {.b = b, .p = b->p, .policy = &p, .sink = sink, .pass = "prefill"};
+    struct run proto = {.b = b,
+                        .p = b->p,
+                        .policy = &p,
+                        .sink = sink,
+                        .pass = "prefill",
+                        .precision = policy->precision};
     struct engine_result res = {.n_ctx = n, .next_pos = n, .sel_layer = -1};
     double start = now_ms();
     int rc = check_ids(b->p, ids, n, e);

@@ -23,8 +23,9 @@
 struct kept_rows {
     uint32_t n_rows;
     const uint32_t *position; /* [n_rows] original positions, ascending */
-    const void *k, *v;        /* [n_rows][head_dim], the backend's element type */
-    const float *bias;        /* [n_rows] or NULL */
+    const void *k, *v;        /* [n_rows][head_dim], or tiles of a packed type (packed.h) */
+    const float *bias;        /* [n_rows], values that bf16 represents; NULL for all or for none */
+    enum kv_dtype dtype;      /* of k and v: the backend's, or the policy's int8 or int4 */
 };
 
 struct engine_sink {

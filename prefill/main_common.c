@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "mem.h"
+#include "packed.h"
 #include "tokenizer.h"
 
 uint64_t peak_bytes(void)
@@ -265,7 +266,7 @@ int cache_init(struct cache *c, const struct backend *b, bool with_rows, struct 
 {
     const struct kv_geom *g = &b->p->geom;
 
-    *c = (struct cache){*g, b->elem, with_rows, NULL};
+    *c = (struct cache){*g, with_rows, NULL};
     c->head = mem_zalloc((uint64_t)g->n_layers * g->n_kv_heads, sizeof *c->head);
     return c->head ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the list of rows");
 }
@@ -278,6 +279,7 @@ void cache_done(struct cache *c)
         mem_free(c->head[i].position);
         mem_free(c->head[i].k);
         mem_free(c->head[i].v);
+        mem_free(c->head[i].bias);
     }
     mem_free(c->head);
     c->head = NULL;
@@ -286,19 +288,21 @@ void cache_done(struct cache *c)
 int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct larder_err *e)
 {
     struct cache *c = arg;
-    uint64_t row = (uint64_t)c->geom.head_dim * kv_dtype_bytes(c->elem);
+    uint32_t d = c->geom.head_dim;
 
     for (uint32_t g = 0; g < c->geom.n_kv_heads; g++) {
         struct cached_head *h = &c->head[layer * c->geom.n_kv_heads + g];
         const struct kept_rows *from = &heads[g];
 
         h->n_rows = from->n_rows;
+        h->dtype = from->dtype;
         h->position = mem_dup(from->position, from->n_rows * sizeof *from->position);
         if (c->with_rows) {
-            h->k = mem_dup(from->k, from->n_rows * row);
-            h->v = mem_dup(from->v, from->n_rows * row);
+            h->k = mem_dup(from->k, tile_bytes_k(from->dtype, from->n_rows, d));
+            h->v = mem_dup(from->v, tile_bytes_v(from->dtype, from->n_rows, d));
+            h->bias = from->bias ? mem_dup(from->bias, from->n_rows * sizeof *h->bias) : NULL;
         }
-        if (!h->position || (c->with_rows && (!h->k || !h->v)))
+        if (!h->position || (c->with_rows && (!h->k || !h->v || (from->bias && !h->bias))))
             return larder_fail(e, LARDER_ENOMEM, "no memory for the kept rows of layer %u", layer);
     }
     return 0;

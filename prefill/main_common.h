@@ -132,11 +132,12 @@ struct cached_head {
     uint32_t n_rows;
     uint32_t *position;
     void *k, *v; /* NULL when only positions were wanted */
+    float *bias; /* or NULL */
+    enum kv_dtype dtype;
 };
 
 struct cache {
     struct kv_geom geom;
-    enum kv_dtype elem;
     bool with_rows;
     struct cached_head *head; /* [n_layers * n_kv_heads] */
 };
