@@ -94,13 +94,14 @@ static int describe_entry(struct cli *c, struct ask *a, struct larder_err *e)
 
 static int fetch_entry(struct cli *c, struct ask *a, struct larder_err *e)
 {
+    static const struct larder_fetch_options as_stored = {.packed = 1}; /* the engine reads both */
     struct timespec t0;
     int rc = describe_entry(c, a, e);
 
     if (rc)
         return rc;
     clock_gettime(CLOCK_MONOTONIC, &t0);
-    rc = larder_fetch(c->conn, a->ref, CLI_WORK_MS, &a->lease, e);
+    rc = larder_fetch_with(c->conn, a->ref, &as_stored, CLI_WORK_MS, &a->lease, e);
     a->fetch_ms = ms_since(&t0);
     return rc;
 }

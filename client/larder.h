@@ -143,7 +143,7 @@ struct larder_entry {
     uint32_t next_pos;     /* where decoding continues */
     int32_t sel_layer;     /* selection layer of the policy; -1: none */
     uint64_t full_bytes;   /* the whole document's rows in bf16 */
-    uint64_t image_bytes;  /* of the image that larder_fetch() maps */
+    uint64_t image_bytes;  /* of the image that larder_fetch() maps, in bf16 */
     uint64_t stored_bytes; /* on disk */
     uint64_t rows_total;   /* rows kept, over all layers and KV heads */
     uint64_t created;
@@ -198,6 +198,18 @@ struct larder_lease {
  * LARDER_ENOTFOUND: the message says why; LARDER_EDAMAGED: the entry fails verification. */
 LARDER_API int larder_fetch(struct larder *c, const char *ref, int timeout_ms,
                             struct larder_lease *ret, struct larder_err *e);
+
+/* All members may be 0. */
+struct larder_fetch_options {
+    int packed; /* rows as they are stored: int8 and int4 ones as tiles, not as bf16 */
+};
+
+/* The same with options; `o` may be NULL. Packed rows take a third of the memory and less time to
+ * fetch, and the decoder must read LARDER_ROWS_INT8 and LARDER_ROWS_INT4 (image.dtype tells). The
+ * image of an entry that is stored in bf16 is the same either way. */
+LARDER_API int larder_fetch_with(struct larder *c, const char *ref,
+                                 const struct larder_fetch_options *o, int timeout_ms,
+                                 struct larder_lease *ret, struct larder_err *e);
 
 /* Unmap the image, close its descriptor and tell the daemon. `c` may be NULL (closed meanwhile):
  * then the daemon is not told. The lease is released whatever the result. Accepts a NULL lease. */

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "memfile.h"
+#include "packed.h"
 
 static int read_answer(const json_t *answer, struct larder_lease *l, uint64_t *ret_bytes,
                        struct larder_err *e)
@@ -25,7 +26,7 @@ static int read_answer(const json_t *answer, struct larder_lease *l, uint64_t *r
     return rc;
 }
 
-static int map_image(struct larder_lease *l, uint64_t n_bytes, struct larder_err *e)
+static int map_image(struct larder_lease *l, uint64_t n_bytes, bool packed, struct larder_err *e)
 {
     const void *map = NULL;
     uint64_t n = 0;
@@ -37,6 +38,8 @@ static int map_image(struct larder_lease *l, uint64_t n_bytes, struct larder_err
     /* An image under another key would answer a question about another document. */
     if (!rc && memcmp(l->image.key, l->entry.key, sizeof l->image.key))
         rc = larder_fail(e, LARDER_EPROTO, "the image belongs to another entry");
+    if (!rc && !packed && packed_type((enum kv_dtype)l->image.dtype))
+        rc = larder_fail(e, LARDER_EPROTO, "the image has packed rows, which nobody asked for");
     if (rc) {
         memfile_unmap(map, n);
         memset(&l->image, 0, sizeof l->image);
@@ -47,20 +50,29 @@ static int map_image(struct larder_lease *l, uint64_t n_bytes, struct larder_err
 int larder_fetch(struct larder *c, const char *ref, int timeout_ms, struct larder_lease *ret,
                  struct larder_err *e)
 {
+    return larder_fetch_with(c, ref, NULL, timeout_ms, ret, e);
+}
+
+int larder_fetch_with(struct larder *c, const char *ref, const struct larder_fetch_options *o,
+                      int timeout_ms, struct larder_lease *ret, struct larder_err *e)
+{
     struct larder_request q = {.type = FRAME_FETCH, .fd = -1, .timeout_ms = timeout_ms};
     struct larder_lease l = {.fd = -1};
     struct larder_err why = {0, ""};
+    bool packed = o && o->packed;
     json_t *answer = NULL;
     uint64_t n_bytes = 0;
     int rc = larder_ref_body(ref, &q.body, e);
 
+    if (!rc && packed) /* unsaid, so that a daemon of before understands the rest */
+        q.body = larder_body_str(q.body, "rows", "packed");
     if (!rc)
         rc = larder_ask_json(c, &q, &answer, &l.fd, e);
     if (rc)
         return rc;
     rc = read_answer(answer, &l, &n_bytes, &why);
     if (!rc)
-        rc = map_image(&l, n_bytes, &why);
+        rc = map_image(&l, n_bytes, packed, &why);
     json_decref(answer);
     if (!rc) {
         *ret = l;

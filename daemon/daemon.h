@@ -19,6 +19,7 @@
 #include "config.h"
 #include "frame.h"
 #include "geom.h"
+#include "layer_file.h"
 #include "log.h"
 #include "profile_id.h"
 #include "store.h"
@@ -217,9 +218,10 @@ void models_recall(struct daemon *d); /* from the settings */
 struct entry_writer;
 int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer **ret,
                        struct larder_err *e);
-/* Takes fd. `done` runs on the loop when the layer is written or failed. */
-void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias,
-                        int fd);
+/* Takes fd. worker_layer_written() is called on the loop when the layer is written or failed. The
+ * first layer begins the entry: its form is the entry's. */
+void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows,
+                        struct layer_form form, int fd);
 void entry_writer_commit(struct entry_writer *w, const json_t *done_body, int fd);
 /* Ends the writer, committed or not: what was written without a commit is removed. Accepts NULL. */
 void entry_writer_abort(struct entry_writer *w);

@@ -28,7 +28,8 @@ struct image {
     struct image *next;          /* in its bucket */
     struct image *newer, *older; /* use order */
     uint8_t key[32];
-    int fd; /* -1 while it is filled */
+    enum kv_dtype rows; /* as it was asked for: KV_BF16, or the entry's precision */
+    int fd;             /* -1 while it is filled */
     uint64_t bytes;
     uint32_t leases;
     bool forgotten; /* out of the table; goes with its last lease */
@@ -135,11 +136,11 @@ static uint32_t bucket_of(const uint8_t key[32])
     return (uint32_t)(key[0] | key[1] << 8) % BUCKETS;
 }
 
-static struct image *find_image(const struct images *s, const uint8_t key[32])
+static struct image *find_image(const struct images *s, const uint8_t key[32], enum kv_dtype rows)
 {
     struct image *im = s->bucket[bucket_of(key)];
 
-    while (im && memcmp(im->key, key, 32))
+    while (im && (im->rows != rows || memcmp(im->key, key, 32)))
         im = im->next;
     return im;
 }
@@ -159,7 +160,7 @@ static void link_use(struct images *s, struct image *im)
     s->newest = im;
 }
 
-static struct image *add_image(struct images *s, const uint8_t key[32])
+static struct image *add_image(struct images *s, const uint8_t key[32], enum kv_dtype rows)
 {
     struct image *im = mem_zalloc(1, sizeof *im);
     uint32_t b = bucket_of(key);
@@ -167,6 +168,7 @@ static struct image *add_image(struct images *s, const uint8_t key[32])
     if (!im)
         return NULL;
     im->fd = -1;
+    im->rows = rows;
     memcpy(im->key, key, 32);
     im->next = s->bucket[b];
     s->bucket[b] = im;
@@ -227,10 +229,13 @@ void image_release(struct daemon *d, struct image *im)
 
 void images_forget(struct daemon *d, const uint8_t key[32])
 {
-    struct image *im = find_image(d->images, key);
+    struct image *next;
 
-    if (im && im->fd >= 0)
-        drop_image(d->images, im);
+    for (struct image *im = d->images->bucket[bucket_of(key)]; im; im = next) {
+        next = im->next;
+        if (im->fd >= 0 && !memcmp(im->key, key, 32))
+            drop_image(d->images, im);
+    }
 }
 
 void images_free(struct daemon *d)
@@ -274,6 +279,7 @@ struct fill {
     struct daemon *d;
     struct image *image;
     uint8_t key[32];
+    enum kv_dtype rows; /* wanted */
     struct store_entry *en;
     struct image_plan *plan;
     struct store_target *target;
@@ -346,12 +352,13 @@ static void seal(struct fill *f)
 
 static void work(struct fill *f)
 {
-    uint32_t n = store_entry_n_extents(f->en);
+    uint32_t n = store_entry_n_extents(f->en, f->rows);
     struct larder_err e;
     unsigned i;
 
     while (!atomic_load(&f->rc) && (i = atomic_fetch_add(&f->next, 1)) <= n) {
-        int rc = i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, i - 1, f->target, &e);
+        int rc =
+            i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, f->rows, i - 1, f->target, &e);
 
         if (rc)
             fill_fail(f, rc, &e);
@@ -384,7 +391,7 @@ static int open_entry(struct fill *f, struct larder_err *e)
         return larder_fail(e, LARDER_EDAMAGED,
                            "the entry's stored bytes are damaged; put the document again");
     spec = (struct image_spec){.geom = in->geom,
-                               .dtype = KV_BF16,
+                               .dtype = f->rows,
                                .has_bias = in->has_bias,
                                .renumbered = in->renumbered,
                                .n_ctx = in->n_ctx,
@@ -436,7 +443,7 @@ static void fill_begin(struct fill *f)
         task_run(f->d->readers, &f->task);
         return;
     }
-    helpers = n_cpu > 1 && store_entry_n_extents(f->en) > 1 ? (uint32_t)n_cpu - 1 : 0;
+    helpers = n_cpu > 1 && store_entry_n_extents(f->en, f->rows) > 1 ? (uint32_t)n_cpu - 1 : 0;
     atomic_store(&f->running, 1 + helpers);
     for (uint32_t i = 0; i < helpers; i++) {
         struct hand *h = mem_alloc(1, sizeof *h);
@@ -548,6 +555,7 @@ static int start_fill(struct daemon *d, struct image *im, struct larder_err *e)
     f->d = d;
     f->image = im;
     f->fd = -1;
+    f->rows = im->rows;
     memcpy(f->key, im->key, 32);
     pthread_mutex_init(&f->lock, NULL);
     f->task = (struct task){nothing, fill_done, NULL};
@@ -567,19 +575,44 @@ static int wait_for(struct image *im, struct request *r, struct larder_err *e)
     return 0;
 }
 
+/* "bf16": packed rows are expanded; "packed": rows as they are stored. */
+static int rows_wanted(const struct request *r, const uint8_t key[32], enum kv_dtype *ret,
+                       struct larder_err *e)
+{
+    const char *rows = "bf16";
+    struct store_entry *en;
+    int rc = field_str(r->body, "rows", FIELD_OPTIONAL, 16, &rows, e);
+
+    if (!rc && strcmp(rows, "bf16") && strcmp(rows, "packed"))
+        rc = larder_fail(e, LARDER_EINVAL, "rows are \"bf16\" or \"packed\", not \"%.16s\"", rows);
+    *ret = KV_BF16;
+    if (rc || *rows == 'b')
+        return rc;
+    /* where rows are stored as bf16, both are the same image */
+    rc = store_entry_open(r->d->store, key, &en, e);
+    if (rc)
+        return rc == LARDER_ENOTFOUND ? larder_fail(e, rc, "no such entry") : rc;
+    *ret = store_entry_info(en)->precision;
+    store_entry_close(en);
+    return 0;
+}
+
 void handle_fetch(struct request *r)
 {
     struct daemon *d = r->d;
+    enum kv_dtype rows;
     struct larder_err e;
     struct image *im;
     uint8_t key[32];
     int rc = find_ref(r, key, &e);
 
+    if (!rc)
+        rc = rows_wanted(r, key, &rows, &e);
     if (rc) {
         request_fail(r, &e);
         return;
     }
-    im = find_image(d->images, key);
+    im = find_image(d->images, key, rows);
     if (im && im->fd >= 0) {
         answer_with(r, im);
         return;
@@ -589,7 +622,7 @@ void handle_fetch(struct request *r)
             request_fail(r, &e);
         return;
     }
-    im = add_image(d->images, key);
+    im = add_image(d->images, key, rows);
     rc = im ? wait_for(im, r, &e) : larder_fail(&e, LARDER_ENOMEM, "no memory to decode an entry");
     if (rc) {
         request_fail(r, &e);

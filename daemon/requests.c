@@ -583,7 +583,7 @@ static const struct {
     {FRAME_CANCEL, handle_job, FIELDS("job")},
     {FRAME_JOBS, handle_jobs, no_fields},
     {FRAME_LOOKUP, handle_lookup, FIELDS(REF, "source", "bytes", "model", "policy", "namespace")},
-    {FRAME_FETCH, handle_fetch, FIELDS(REF)},
+    {FRAME_FETCH, handle_fetch, FIELDS(REF, "rows")},
     {FRAME_RELEASE, handle_release, FIELDS("lease")},
     {FRAME_LS, handle_ls, FIELDS("namespace", "prefix", "after", "limit")},
     {FRAME_SHOW, handle_show, FIELDS(REF, "text", "tokens")},

@@ -10,12 +10,8 @@
 #include <unistd.h>
 
 #include "daemon.h"
-#include "half.h"
 #include "mem.h"
 #include "memfile.h"
-
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-               "rows are taken from the wire as they are");
 
 struct entry_writer {
     struct daemon *d;
@@ -24,18 +20,19 @@ struct entry_writer {
     struct kv_geom geom;
     struct store_info info; /* strings borrowed from the job and this struct */
     char model[NAME_MAX_NS + 1], backend[64];
-    uint32_t queued; /* tasks under way */
-    bool aborted;    /* the loop wants no more */
+    struct layer_form form; /* the writer thread's, from the first layer on */
+    uint32_t queued;        /* tasks under way */
+    bool aborted;           /* the loop wants no more */
 };
 
 /* One step for the writer thread. */
 struct step {
     struct task task;
     struct entry_writer *w;
-    enum { STEP_BEGIN, STEP_LAYER, STEP_COMMIT, STEP_ABORT } kind;
+    enum { STEP_LAYER, STEP_COMMIT, STEP_ABORT } kind;
     uint32_t layer;
     uint32_t *rows;
-    bool has_bias;
+    struct layer_form form;
     int fd;
     char *extra;
     float *logits;
@@ -56,73 +53,41 @@ static void step_free(struct step *s)
 
 /* ---- on the writer thread */
 
-static bool all_finite(const uint16_t *v, uint64_t n)
-{
-    uint32_t bad = 0;
-
-    for (uint64_t i = 0; i < n; i++)
-        bad |= (v[i] & 0x7f80) == 0x7f80;
-    return !bad;
-}
-
-static int check_head(const struct entry_writer *w, const struct store_rows *h,
-                      struct larder_err *e)
-{
-    uint64_t n = (uint64_t)h->n_rows * w->geom.head_dim;
-
-    for (uint32_t i = 0; i < h->n_rows; i++)
-        if (h->position[i] >= w->info.n_ctx || (i && h->position[i] <= h->position[i - 1]))
-            return larder_fail(e, LARDER_EWORKER,
-                               "the worker sent rows whose positions are not ascending");
-    for (uint32_t i = 0; h->bias && i < h->n_rows; i++)
-        if (!isfinite(h->bias[i]))
-            return larder_fail(e, LARDER_ENUMERIC, "the worker sent a bias that is not finite");
-    if (!all_finite(h->k, n) || !all_finite(h->v, n))
-        return larder_fail(e, LARDER_ENUMERIC,
-                           "the prefill produced values that are not finite; nothing was stored");
-    return 0;
-}
-
 static int write_layer(struct step *s, struct larder_err *e)
 {
     struct entry_writer *w = s->w;
-    uint32_t n = w->geom.n_kv_heads, d = w->geom.head_dim;
-    struct store_rows *h = mem_alloc(n, sizeof *h);
-    uint64_t want = 0, got;
+    uint64_t want = layer_file_bytes(&w->geom, w->form, s->rows);
+    struct store_rows *h = mem_alloc(w->geom.n_kv_heads, sizeof *h);
     const void *map = NULL;
-    const uint8_t *at;
-    int rc = 0;
+    int rc;
 
     if (!h)
         return larder_fail(e, LARDER_ENOMEM, "no memory for a layer");
-    for (uint32_t g = 0; g < n; g++)
-        want += (uint64_t)s->rows[g] * (4 + 4ull * d + (s->has_bias ? 4 : 0));
-    if (want)
-        rc = memfile_map(s->fd, want, want, &map, &got, e);
+    rc = memfile_map(s->fd, want, want, &map, NULL, e);
     if (rc) {
         mem_free(h);
         return larder_fail_in(e, LARDER_EWORKER, "layer %u", s->layer);
     }
-    at = map;
-    for (uint32_t g = 0; !rc && g < n; g++) {
-        uint64_t r = s->rows[g];
-
-        h[g] = (struct store_rows){.n_rows = (uint32_t)r,
-                                   .position = (const uint32_t *)at,
-                                   .k = at + 4 * r,
-                                   .v = at + 4 * r + 2 * r * d};
-        at += 4 * r + 4 * r * d;
-        if (s->has_bias) {
-            h[g].bias = (const float *)at;
-            at += 4 * r;
-        }
-        rc = check_head(w, &h[g], e);
-    }
+    rc = layer_file_read(map, want, &w->geom, w->form, s->rows, w->info.n_ctx, h, e);
     if (!rc)
         rc = store_put_layer(w->put, h, e);
     memfile_unmap(map, want);
     mem_free(h);
     return rc;
+}
+
+/* The first layer says what kind of entry it becomes. */
+static int add_layer(struct step *s, struct larder_err *e)
+{
+    struct entry_writer *w = s->w;
+    int rc = 0;
+
+    if (!s->layer) {
+        w->form = s->form;
+        rc =
+            store_put_begin(w->d->store, &w->put, &w->geom, w->form.precision, w->form.has_bias, e);
+    }
+    return rc || !w->put ? rc : write_layer(s, e);
 }
 
 static int commit(struct step *s, struct larder_err *e)
@@ -157,12 +122,8 @@ static void step_run(struct task *t)
     struct entry_writer *w = s->w;
 
     switch (s->kind) {
-    case STEP_BEGIN:
-        s->rc = store_put_begin(w->d->store, &w->put, &w->geom, KV_BF16, w->info.has_bias, &s->e);
-        break;
     case STEP_LAYER:
-        if (w->put)
-            s->rc = write_layer(s, &s->e);
+        s->rc = add_layer(s, &s->e);
         break;
     case STEP_COMMIT:
         if (w->put)
@@ -219,13 +180,9 @@ int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer
                        struct larder_err *e)
 {
     struct entry_writer *w = mem_zalloc(1, sizeof *w);
-    struct step *s = NULL;
-    int rc = w ? add_step(w, &s, e) : larder_fail(e, LARDER_ENOMEM, "no memory to store an entry");
 
-    if (rc) {
-        mem_free(w);
-        return rc;
-    }
+    if (!w)
+        return larder_fail(e, LARDER_ENOMEM, "no memory to store an entry");
     w->d = j->d;
     w->j = j;
     w->geom = m->geom;
@@ -243,15 +200,13 @@ int entry_writer_begin(struct job *j, const struct model *m, struct entry_writer
     memcpy(w->info.ident.model_fp, m->fp, 32);
     memcpy(w->info.ident.tokenizer_fp, m->tokenizer_fp, 32);
     memcpy(w->info.ident.template_fp, j->template_fp, 32);
-    s->kind = STEP_BEGIN;
     j->busy++; /* until the writer is gone */
-    run_step(s);
     *ret = w;
     return 0;
 }
 
-void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows, bool has_bias,
-                        int fd)
+void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *rows,
+                        struct layer_form form, int fd)
 {
     struct larder_err e;
     struct step *s = NULL;
@@ -263,7 +218,7 @@ void entry_writer_layer(struct entry_writer *w, uint32_t layer, const uint32_t *
     }
     s->kind = STEP_LAYER;
     s->layer = layer;
-    s->has_bias = has_bias;
+    s->form = form;
     s->fd = fd;
     s->rows = mem_dup(rows, w->geom.n_kv_heads * sizeof *rows);
     if (!s->rows) {

@@ -29,6 +29,7 @@ struct worker {
     struct model *model; /* of the job */
     struct entry_writer *writer;
     uint32_t next_layer;
+    struct layer_form form;              /* of the layers so far */
     char last_line[WORKER_LINE_MAX + 1]; /* of its stderr */
     size_t line_len;
     char line[WORKER_LINE_MAX + 1];

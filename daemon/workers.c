@@ -288,22 +288,41 @@ static int on_progress(struct worker *w, const json_t *body, struct larder_err *
     return 0;
 }
 
+/* "bf16" when it is not there. */
+static int read_precision(const json_t *body, enum kv_dtype *ret, struct larder_err *e)
+{
+    static const enum kv_dtype all[] = {KV_BF16, KV_INT8, KV_INT4};
+    const char *name = kv_dtype_name(KV_BF16);
+    int rc = field_str(body, "precision", FIELD_OPTIONAL, 8, &name, e);
+
+    for (size_t i = 0; !rc && i < sizeof all / sizeof all[0]; i++) {
+        if (strcmp(name, kv_dtype_name(all[i])))
+            continue;
+        *ret = all[i];
+        return 0;
+    }
+    return rc ? rc : larder_fail(e, LARDER_EPROTO, "rows are sent as bf16, int8 or int4");
+}
+
 static int on_layer(struct worker *w, const json_t *body, int *fd, struct larder_err *e)
 {
     const struct kv_geom *g = &w->model->geom;
     const json_t *list = NULL;
     uint32_t layer = 0, rows[KV_MAX_HEADS];
-    bool bias = false;
+    struct layer_form form = {.precision = KV_BF16};
     int rc = field_u32(body, "layer", FIELD_REQUIRED, KV_MAX_LAYERS, &layer, e);
 
     if (!rc)
-        rc = field_bool(body, "has_bias", FIELD_REQUIRED, &bias, e);
+        rc = field_bool(body, "has_bias", FIELD_REQUIRED, &form.has_bias, e);
+    if (!rc)
+        rc = read_precision(body, &form.precision, e);
     if (!rc)
         rc = field_array(body, "rows", FIELD_REQUIRED, KV_MAX_HEADS, &list, e);
     if (rc)
         return rc;
     if (*fd < 0 || layer != w->next_layer || layer >= g->n_layers ||
-        json_array_size(list) != g->n_kv_heads || bias)
+        json_array_size(list) != g->n_kv_heads ||
+        (layer && (form.precision != w->form.precision || form.has_bias != w->form.has_bias)))
         return larder_fail(e, LARDER_EPROTO, "layer %u out of order or of another shape", layer);
     for (uint32_t i = 0; i < g->n_kv_heads; i++) {
         const json_t *v = json_array_get(list, i);
@@ -315,7 +334,8 @@ static int on_layer(struct worker *w, const json_t *body, int *fd, struct larder
         rows[i] = (uint32_t)json_integer_value(v);
     }
     w->next_layer++;
-    entry_writer_layer(w->writer, layer, rows, bias, *fd);
+    w->form = form;
+    entry_writer_layer(w->writer, layer, rows, form, *fd);
     *fd = -1;
     if (w->writer && entry_writer_queued(w->writer) >= MAX_QUEUED_LAYERS && !w->paused) {
         event_del(w->read_ev);

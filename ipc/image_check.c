@@ -3,8 +3,8 @@
  * The one idea: an image has exactly one legal layout, so the check lays it out anew
  * from the counts and compares every offset. That implies bounds, alignment and the
  * absence of overlap at once. Row data, logits and text are not looked at: any bytes
- * are legal there, the daemon has verified them, and touching 45 MiB would cost a
- * thousand times what the check costs.
+ * are legal there, the daemon has verified them (that the steps of packed rows are finite,
+ * too), and touching 45 MiB would cost a thousand times what the check costs.
  */
 #include "larder_image.h"
 
@@ -12,6 +12,7 @@
 
 #include "bytes.h"
 #include "image_layout.h"
+#include "packed.h"
 
 /* Arrays are used in place, so their integers are the machine's. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "cache images are little-endian");
@@ -148,7 +149,7 @@ static int check_counts(const struct larder_image *im, struct larder_err *e)
 
     if (kv_geom_check(&g, &why))
         return damaged(e, why.msg);
-    if (!kv_dtype_bytes((enum kv_dtype)im->dtype))
+    if (!kv_dtype_bytes((enum kv_dtype)im->dtype) && !packed_type((enum kv_dtype)im->dtype))
         return damaged(e, "unknown element type");
     if (im->flags & ~(LARDER_IMAGE_HAS_BIAS | LARDER_IMAGE_RENUMBERED))
         return damaged(e, "unknown flags");
@@ -223,11 +224,11 @@ static int check_small(const struct larder_image *im, uint32_t i, struct image_c
 static int check_large(const struct larder_image *im, uint32_t i, struct image_cursor *c,
                        struct larder_err *e)
 {
-    uint64_t row_bytes = (uint64_t)im->head_dim * kv_dtype_bytes((enum kv_dtype)im->dtype);
+    enum kv_dtype t = (enum kv_dtype)im->dtype;
     uint64_t first = i % im->n_kv_heads ? LARDER_IMAGE_ALIGN : LARDER_IMAGE_PAGE;
     struct head_entry h = read_head(im, i);
-    uint64_t k_off = image_take(c, first, h.n_rows, row_bytes);
-    uint64_t v_off = image_take(c, LARDER_IMAGE_ALIGN, h.n_rows, row_bytes);
+    uint64_t k_off = image_take(c, first, tile_bytes_k(t, h.n_rows, im->head_dim), 1);
+    uint64_t v_off = image_take(c, LARDER_IMAGE_ALIGN, tile_bytes_v(t, h.n_rows, im->head_dim), 1);
 
     if (c->bad || c->at > im->n_bytes || h.k_off != k_off || h.v_off != v_off)
         return damaged(e, "an offset in its head table is wrong");

@@ -11,6 +11,7 @@
 #include "bytes.h"
 #include "image_layout.h"
 #include "mem.h"
+#include "packed.h"
 #include "size.h"
 
 uint64_t image_take(struct image_cursor *c, uint64_t align, uint64_t count, uint64_t size)
@@ -51,7 +52,7 @@ static int check_spec(const struct image_spec *s, struct larder_err *e)
 
     if (rc)
         return rc;
-    if (!kv_dtype_bytes(s->dtype))
+    if (!kv_dtype_bytes(s->dtype) && !packed_type(s->dtype))
         return larder_fail(e, LARDER_EINVAL, "an image holds no rows of type %d", (int)s->dtype);
     if (!s->n_ctx || s->n_ctx > KV_MAX_CTX || !s->n_vocab || s->n_vocab > KV_MAX_VOCAB)
         return larder_fail(e, LARDER_EINVAL, "%u tokens, %u token ids; at most %u and %u", s->n_ctx,
@@ -70,7 +71,7 @@ static void lay_out(struct image_plan *p, const uint32_t *rows, struct image_cur
 {
     const struct image_spec *s = &p->spec;
     uint32_t n_heads = s->geom.n_kv_heads, n = s->geom.n_layers * n_heads;
-    uint64_t row_bytes = (uint64_t)s->geom.head_dim * kv_dtype_bytes(s->dtype);
+    uint32_t d = s->geom.head_dim;
     struct image_front f = image_take_front(c, &s->geom, s->n_ctx, s->n_vocab, s->text_len);
 
     p->heads_off = f.heads_off;
@@ -88,8 +89,8 @@ static void lay_out(struct image_plan *p, const uint32_t *rows, struct image_cur
         struct image_slot *t = &p->slot[i];
         uint64_t first = i % n_heads ? LARDER_IMAGE_ALIGN : LARDER_IMAGE_PAGE;
 
-        t->k_off = image_take(c, first, t->n_rows, row_bytes);
-        t->v_off = image_take(c, LARDER_IMAGE_ALIGN, t->n_rows, row_bytes);
+        t->k_off = image_take(c, first, tile_bytes_k(s->dtype, t->n_rows, d), 1);
+        t->v_off = image_take(c, LARDER_IMAGE_ALIGN, tile_bytes_v(s->dtype, t->n_rows, d), 1);
     }
     p->n_bytes = image_take(c, LARDER_IMAGE_PAGE, 0, 0);
 }

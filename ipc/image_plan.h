@@ -17,7 +17,7 @@
 
 struct image_spec {
     struct kv_geom geom;
-    enum kv_dtype dtype; /* KV_BF16, KV_F16 or KV_F32 */
+    enum kv_dtype dtype;
     bool has_bias;
     bool renumbered;
     uint32_t n_ctx, next_pos, n_vocab;

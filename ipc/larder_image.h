@@ -37,6 +37,8 @@ extern "C" {
 #define LARDER_ROWS_BF16 1u
 #define LARDER_ROWS_F16 2u
 #define LARDER_ROWS_F32 3u
+#define LARDER_ROWS_INT8 4u /* tiles (IMAGE.md section 4); only when packed rows were asked for */
+#define LARDER_ROWS_INT4 5u
 
 /* What the header says, in native form. */
 struct larder_image {
@@ -59,8 +61,8 @@ struct larder_image {
 /* The rows of one (layer, KV head). Pointers borrow the mapping. */
 struct larder_rows {
     uint32_t n_rows;
-    const void *k;            /* [n_rows][head_dim], after RoPE (rotate-half order) */
-    const void *v;            /* [n_rows][head_dim] */
+    const void *k;            /* [n_rows][head_dim], after RoPE (rotate-half order), or a tile */
+    const void *v;            /* [n_rows][head_dim], or a tile */
     const uint32_t *position; /* [n_rows], ascending, original */
     const float *bias;        /* [n_rows], to be added to the logit, or NULL */
 };

@@ -37,8 +37,8 @@ struct backend_opts {
 /* Stored rows of one KV head that new rows attend to. */
 struct past_rows {
     uint32_t n_rows;
-    enum kv_dtype dtype; /* KV_BF16 (an image) or KV_F32 */
-    const void *k, *v;   /* [n_rows][head_dim] */
+    enum kv_dtype dtype; /* KV_BF16, KV_F32, KV_INT8 or KV_INT4 */
+    const void *k, *v;   /* [n_rows][head_dim], or tiles (packed.h) */
     const float *bias;   /* [n_rows] added to the logits, or NULL */
 };
 

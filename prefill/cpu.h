@@ -94,9 +94,20 @@ void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint3
                      uint32_t rows, uint16_t *o, uint64_t o_stride, uint8_t *scratch);
 
 /* ---- cpu_attend.c: many rows, in f32 whatever the element type */
-#define CPU_MANY_ROWS 16u /* from here on gathering the keys pays */
+#define CPU_MANY_ROWS 16u   /* from here on gathering the keys pays ... */
+#define CPU_MANY_PACKED 24u /* ... and expanding packed ones */
 int cpu_attend_f32(struct backend *b, const struct attend *a, struct larder_err *e);
 int cpu_resume_many(struct backend *b, const struct resume *r, struct larder_err *e);
+
+/* ---- cpu_packed.c: a few rows on int8 and int4 tiles of one KV head */
+/* Floats of scratch for either call. */
+uint64_t cpu_packed_floats(uint32_t d, uint32_t rows);
+/* logit[i * ld + j] = q[i] . key j, for q [rows][d] and all rows j of past. */
+void cpu_packed_logits(const struct past_rows *past, uint32_t d, const float *q, uint32_t rows,
+                       float *logit, uint64_t ld, float *scratch);
+/* o[i][d] += sum over j of prob[i * ld + j] * value j. */
+void cpu_packed_values(const struct past_rows *past, uint32_t d, const float *prob, uint32_t rows,
+                       uint64_t ld, float *o, float *scratch);
 
 /* ---- cpu_score.c: window mass, resumed rows, single dot products */
 /* rows[at .. at + n) · x, rows of the given type. */

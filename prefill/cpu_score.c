@@ -9,6 +9,7 @@
 #include "cpu.h"
 #include "half.h"
 #include "mem.h"
+#include "packed.h"
 
 #define LANES 16u
 #define FAST                                                                                       \
@@ -210,12 +211,18 @@ static void resume_item(void *arg, uint32_t g, uint32_t worker)
         for (uint32_t c = 0; c < d; c++)
             q[(uint64_t)i * d + c] = from[c] * scale;
     }
-    logits_of(x, past->k, past->dtype, 0, past->n_rows, q, rows, 0, l, buf);
+    if (packed_type(past->dtype))
+        cpu_packed_logits(past, d, q, rows, l, x->max_keys, buf);
+    else
+        logits_of(x, past->k, past->dtype, 0, past->n_rows, q, rows, 0, l, buf);
     logits_of(x, r->k, x->b->elem, tail, r->n_tail, q, rows, past->n_rows, l, buf);
     memset(o, 0, (uint64_t)rows * d * sizeof *o);
     for (uint32_t i = 0; i < rows; i++)
         soften(x, i, past, l + i * x->max_keys);
-    values_of(x, past->v, past->dtype, 0, past->n_rows, l, rows, 0, o, buf);
+    if (packed_type(past->dtype))
+        cpu_packed_values(past, d, l, rows, x->max_keys, o, buf);
+    else
+        values_of(x, past->v, past->dtype, 0, past->n_rows, l, rows, 0, o, buf);
     values_of(x, r->v, x->b->elem, tail, r->n_tail, l, rows, past->n_rows, o, buf);
     for (uint32_t i = 0; i < rows; i++) {
         uint64_t to = ((uint64_t)(i % r->n_new) * geom->n_heads + g * group + i / r->n_new) * d;
@@ -233,12 +240,13 @@ int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e)
     uint32_t rows = geom->n_heads / geom->n_kv_heads * r->n_new;
     struct resumed x = {.b = b, .r = r};
 
-    if (r->n_new >= CPU_MANY_ROWS)
+    if (r->n_new >= (packed_type(r->past->dtype) ? CPU_MANY_PACKED : CPU_MANY_ROWS))
         return cpu_resume_many(b, r, e);
     for (uint32_t g = 0; g < geom->n_kv_heads; g++)
         x.max_keys = r->past[g].n_rows > x.max_keys ? r->past[g].n_rows : x.max_keys;
     x.max_keys += r->n_tail;
-    x.per_worker = (2ull * rows + 1) * geom->head_dim + rows * x.max_keys;
+    x.per_worker = 2ull * rows * geom->head_dim + rows * x.max_keys + /* q, o, l, buf */
+                   cpu_packed_floats(geom->head_dim, rows);
     x.scratch = mem_aligned(x.per_worker * b->n_threads, sizeof *x.scratch);
     if (!x.scratch)
         return larder_fail(e, LARDER_ENOMEM, "no memory to attend to %llu rows",

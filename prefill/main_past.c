@@ -8,6 +8,7 @@
 #include "larder_image.h"
 #include "mem.h"
 #include "memfile.h"
+#include "packed.h"
 #include "sha256.h"
 #include "tokenizer.h"
 
@@ -65,7 +66,7 @@ static int check_image(const struct engine_setup *s, const struct larder_image *
     if (im->n_layers != p->geom.n_layers || im->n_kv_heads != p->geom.n_kv_heads ||
         im->n_heads != p->geom.n_heads || im->head_dim != p->geom.head_dim)
         return larder_fail(e, LARDER_EDAMAGED, "the image's shape is not its model's");
-    if (im->dtype != LARDER_ROWS_BF16 && im->dtype != LARDER_ROWS_F32)
+    if (im->dtype == LARDER_ROWS_F16)
         return larder_fail(e, LARDER_EUNSUPPORTED,
                            "rows in f16 cannot be resumed from yet; fetch "
                            "the entry as bf16");
@@ -89,8 +90,8 @@ int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct
         for (uint32_t g = 0; g < im.n_kv_heads; g++) {
             struct larder_rows r = larder_image_rows(&im, l, g);
 
-            p->rows[l * im.n_kv_heads + g] = (struct past_rows){
-                r.n_rows, im.dtype == LARDER_ROWS_F32 ? KV_F32 : KV_BF16, r.k, r.v, r.bias};
+            p->rows[l * im.n_kv_heads + g] =
+                (struct past_rows){r.n_rows, (enum kv_dtype)im.dtype, r.k, r.v, r.bias};
         }
     }
     p->n_ctx = im.n_ctx;
@@ -138,13 +139,20 @@ uint64_t past_n_rows(const struct engine_setup *s, const struct past *p)
     return n;
 }
 
-/* Rows are stored in bf16 whatever they were computed in; a bias takes two bytes more. */
+/* Rows that are not packed are stored in bf16 whatever they were computed in; a bias takes two
+ * bytes more. */
 uint64_t past_row_bytes(const struct engine_setup *s, const struct past *p)
 {
-    uint64_t row = 2 * s->backend->p->geom.head_dim * kv_dtype_bytes(KV_BF16), n = 0;
+    uint32_t d = s->backend->p->geom.head_dim;
+    uint64_t n = 0;
 
-    for (uint32_t i = 0; i < n_heads(s); i++)
-        n += p->rows[i].n_rows * (row + (p->rows[i].bias ? 2 : 0));
+    for (uint32_t i = 0; i < n_heads(s); i++) {
+        const struct past_rows *r = &p->rows[i];
+        enum kv_dtype t = packed_type(r->dtype) ? r->dtype : KV_BF16;
+
+        n += tile_bytes_k(t, r->n_rows, d) + tile_bytes_v(t, r->n_rows, d) +
+             (r->bias ? 2ull * r->n_rows : 0);
+    }
     return n;
 }
 

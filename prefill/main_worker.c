@@ -5,6 +5,7 @@
  * daemon sends is checked like any input, and a daemon that is gone ends the worker. */
 #include "main_common.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@
 #include "main_worker.h"
 #include "mem.h"
 #include "memfile.h"
+#include "packed.h"
 #include "profile.h"
 #include "seqpacket.h"
 
@@ -114,15 +116,21 @@ static int recv_order(struct job *j, enum frame_type *ret, struct larder_err *e)
 
 /* ---- rows on their way out */
 
-static uint8_t *put_rows(uint8_t *to, const void *rows, uint64_t n, enum kv_dtype elem)
+/* What rows are sent as: tiles as they are, everything else in bf16. */
+static enum kv_dtype sent_as(const struct kept_rows *h)
+{
+    return packed_type(h->dtype) ? h->dtype : KV_BF16;
+}
+
+static uint8_t *put_rows(uint8_t *to, const void *rows, uint64_t n_bytes, enum kv_dtype t)
 {
     const float *f = rows;
 
-    if (elem == KV_BF16) {
-        memcpy(to, rows, n * 2);
-        return to + n * 2;
+    if (t != KV_F32) {
+        memcpy(to, rows, n_bytes);
+        return to + n_bytes;
     }
-    for (uint64_t i = 0; i < n; i++, to += 2) {
+    for (uint64_t i = 0; i < n_bytes / 2; i++, to += 2) {
         uint16_t h = f32_to_bf16(f[i]);
 
         memcpy(to, &h, sizeof h);
@@ -130,28 +138,50 @@ static uint8_t *put_rows(uint8_t *to, const void *rows, uint64_t n, enum kv_dtyp
     return to;
 }
 
+/* Bytes of a head in a layer's file; K and V together end at a multiple of 4. */
+static uint64_t head_bytes(const struct kept_rows *h, uint32_t d)
+{
+    uint64_t n = tile_bytes_k(sent_as(h), h->n_rows, d) + tile_bytes_v(sent_as(h), h->n_rows, d);
+
+    return (h->bias ? 8ull : 4ull) * h->n_rows + (n + 3) / 4 * 4;
+}
+
+static uint8_t *put_head(uint8_t *to, const struct kept_rows *h, uint32_t d)
+{
+    uint8_t *end = to + head_bytes(h, d);
+
+    memcpy(to, h->position, h->n_rows * (uint64_t)4);
+    to += h->n_rows * (uint64_t)4;
+    to = put_rows(to, h->k, tile_bytes_k(sent_as(h), h->n_rows, d), h->dtype);
+    put_rows(to, h->v, tile_bytes_v(sent_as(h), h->n_rows, d), h->dtype);
+    if (h->bias)
+        memcpy(end - h->n_rows * (uint64_t)4, h->bias, h->n_rows * (uint64_t)4);
+    return end;
+}
+
 static int layer_file(const struct job *j, const struct kept_rows *heads, int *ret_fd,
                       struct larder_err *e)
 {
-    const struct backend *b = j->s.backend;
-    uint64_t d = b->p->geom.head_dim, n_bytes = 0;
+    const struct kv_geom *g = &j->s.backend->p->geom;
+    uint64_t n_bytes = 0;
     void *map = NULL;
     uint8_t *to;
     int fd = -1;
     int rc;
 
-    for (uint32_t g = 0; g < b->p->geom.n_kv_heads; g++)
-        n_bytes += heads[g].n_rows * (4 + 2 * 2 * d);
+    for (uint32_t i = 0; i < g->n_kv_heads; i++) {
+        /* one frame states both for the whole layer */
+        assert(sent_as(&heads[i]) == sent_as(heads) && !heads[i].bias == !heads->bias);
+        n_bytes += head_bytes(&heads[i], g->head_dim);
+    }
+    if (!n_bytes) /* such a file cannot be mapped */
+        return memfile_from("larder-layer", NULL, 0, ret_fd, e);
     rc = memfile_new("larder-layer", n_bytes, 1, &fd, &map, e);
     if (rc)
         return rc;
     to = map;
-    for (uint32_t g = 0; g < b->p->geom.n_kv_heads; g++) {
-        memcpy(to, heads[g].position, heads[g].n_rows * (uint64_t)4);
-        to += heads[g].n_rows * (uint64_t)4;
-        to = put_rows(to, heads[g].k, heads[g].n_rows * d, b->elem);
-        to = put_rows(to, heads[g].v, heads[g].n_rows * d, b->elem);
-    }
+    for (uint32_t i = 0; i < g->n_kv_heads; i++)
+        to = put_head(to, &heads[i], g->head_dim);
     rc = memfile_seal(fd, map, n_bytes, n_bytes, e);
     if (rc) {
         close(fd);
@@ -175,8 +205,9 @@ static int on_layer(void *arg, uint32_t layer, const struct kept_rows *heads, st
     for (uint32_t g = 0; g < j->s.backend->p->geom.n_kv_heads; g++)
         json_array_append_new(rows, json_integer(heads[g].n_rows));
     rc = send_frame(j->w, FRAME_W_LAYER, j->seq,
-                    json_pack("{sI sI so sb}", "job", (json_int_t)j->id, "layer", (json_int_t)layer,
-                              "rows", rows, "has_bias", 0),
+                    json_pack("{sI sI so ss sb}", "job", (json_int_t)j->id, "layer",
+                              (json_int_t)layer, "rows", rows, "precision",
+                              kv_dtype_name(sent_as(heads)), "has_bias", heads->bias != NULL),
                     fd, e);
     close(fd);
     return rc;

@@ -12,6 +12,7 @@
 
 #include "half.h"
 #include "mem.h"
+#include "packed.h"
 
 struct attention {
     ref_mul_fn *mul;
@@ -50,17 +51,37 @@ static const float *widened(const void *x, enum kv_dtype t, uint64_t at, uint32_
     return buf;
 }
 
-static void gather_past(struct ref_keys *g, const struct past_rows *p, uint32_t d, uint32_t pad,
-                        float *row)
+/* Packed rows are expanded first, keys and values through one buffer. */
+static int gather_packed(struct ref_keys *g, const struct past_rows *p, uint32_t d, uint32_t pad)
 {
+    float *x = mem_alloc((uint64_t)p->n_rows * d, sizeof *x);
+
+    if (!x)
+        return LARDER_ENOMEM;
+    packed_expand_k_f32(p->dtype, p->k, p->n_rows, d, x);
+    for (uint32_t i = 0; i < p->n_rows; i++)
+        gather_row(g, i, x + (uint64_t)i * d, NULL, d, pad);
+    packed_expand_v_f32(p->dtype, p->v, p->n_rows, d, x);
+    for (uint64_t i = 0; i < p->n_rows; i++)
+        memcpy(g->v + i * pad, x + i * d, d * sizeof *x);
+    mem_free(x);
+    return 0;
+}
+
+static int gather_past(struct ref_keys *g, const struct past_rows *p, uint32_t d, uint32_t pad,
+                       float *row)
+{
+    g->bias = p->bias;
+    g->n_past = p->n_rows;
+    if (packed_type(p->dtype))
+        return gather_packed(g, p, d, pad);
     for (uint32_t i = 0; i < p->n_rows; i++) {
         uint64_t at = (uint64_t)i * d;
 
         gather_row(g, i, widened(p->k, p->dtype, at, d, row),
                    widened(p->v, p->dtype, at, d, row + d), d, pad);
     }
-    g->bias = p->bias;
-    g->n_past = p->n_rows;
+    return 0;
 }
 
 void ref_gather_free(struct ref_keys *g, uint32_t n_kv_heads)
@@ -80,6 +101,7 @@ static int gather_head(const struct kv_geom *geom, const struct ref_source *s, u
     uint32_t d = geom->head_dim, pad = ref_padded(d);
     uint32_t n_past = s->past ? s->past[head].n_rows : 0;
     float *row = mem_alloc(2 * (uint64_t)d, sizeof *row);
+    int rc = 0;
 
     g->k = mem_aligned((uint64_t)ref_padded(n_past + s->n) * d, sizeof(float));
     g->v = s->v ? mem_aligned((uint64_t)(n_past + s->n) * pad, sizeof(float)) : NULL;
@@ -88,8 +110,8 @@ static int gather_head(const struct kv_geom *geom, const struct ref_source *s, u
         return LARDER_ENOMEM;
     }
     if (s->past)
-        gather_past(g, &s->past[head], d, pad, row);
-    for (uint32_t i = 0; i < s->n; i++) {
+        rc = gather_past(g, &s->past[head], d, pad, row);
+    for (uint32_t i = 0; i < s->n && !rc; i++) {
         uint64_t at = (head * s->stride + i) * d;
         const float *k = widened(s->k, s->dtype, at, d, row);
         const float *v = s->v ? widened(s->v, s->dtype, at, d, row + d) : NULL;
@@ -97,7 +119,7 @@ static int gather_head(const struct kv_geom *geom, const struct ref_source *s, u
         gather_row(g, n_past + i, k, v, d, pad);
     }
     mem_free(row);
-    return 0;
+    return rc;
 }
 
 int ref_gather(const struct kv_geom *geom, const struct ref_source *s, struct ref_keys **ret,

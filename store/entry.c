@@ -361,9 +361,9 @@ const uint32_t *store_entry_positions(const struct store_entry *en, uint32_t lay
 
 /* ---- rows */
 
-uint32_t store_entry_n_extents(const struct store_entry *en)
+uint32_t store_entry_n_extents(const struct store_entry *en, enum kv_dtype as)
 {
-    return en->m.info.precision == KV_BF16 ? en->m.n_row_extents : en->m.info.geom.n_layers;
+    return as == en->m.info.precision ? en->m.n_row_extents : en->m.info.geom.n_layers;
 }
 
 /* First tile that ends after `offset`. */
@@ -382,15 +382,17 @@ static uint32_t tile_at(const struct store_entry *en, uint64_t offset)
     return lo;
 }
 
-/* Bias tiles are stored as bf16 and wanted as f32: each passes through a buffer. */
+/* Bias tiles are stored as bf16 and wanted as f32, so each passes through a buffer. K and V of a
+ * head are an even number of bytes together, so no bias lies across two extents. */
 struct bias_piece {
     uint16_t *half;
     float *dst;
     uint32_t n;
 };
 
-static int decode_bf16(const struct store_entry *en, uint32_t i, const struct store_target *targets,
-                       struct larder_err *e)
+/* An extent into the tiles that it holds parts of, as they are stored. */
+static int decode_tiles(const struct store_entry *en, uint32_t i,
+                        const struct store_target *targets, struct larder_err *e)
 {
     uint64_t at = (uint64_t)i * EXTENT_RAW_MAX, end = at + en->m.extent[i].raw_len;
     uint32_t first = tile_at(en, at), last = tile_at(en, end - 1), n = 0, n_bias = 0;
@@ -453,9 +455,9 @@ static int read_stream(const struct store_entry *en, uint64_t at, uint64_t n, ui
     return rc;
 }
 
-/* A packed layer: fetch its bytes, expand each tile. */
-static int decode_packed(const struct store_entry *en, uint32_t layer,
-                         const struct store_target *targets, struct larder_err *e)
+/* A packed layer as bf16: fetch its bytes, expand each tile. */
+static int decode_expanded(const struct store_entry *en, uint32_t layer,
+                           const struct store_target *targets, struct larder_err *e)
 {
     const struct store_info *in = &en->m.info;
     uint32_t first = layer * in->geom.n_kv_heads, d = in->geom.head_dim;
@@ -478,13 +480,15 @@ static int decode_packed(const struct store_entry *en, uint32_t layer,
     return rc;
 }
 
-int store_entry_decode(const struct store_entry *en, uint32_t i, const struct store_target *targets,
-                       struct larder_err *e)
+int store_entry_decode(const struct store_entry *en, enum kv_dtype as, uint32_t i,
+                       const struct store_target *targets, struct larder_err *e)
 {
-    if (i >= store_entry_n_extents(en))
-        return larder_fail(e, LARDER_EINVAL, "extent %u of %u", i, store_entry_n_extents(en));
-    return en->m.info.precision == KV_BF16 ? decode_bf16(en, i, targets, e)
-                                           : decode_packed(en, i, targets, e);
+    if (as != en->m.info.precision && as != KV_BF16)
+        return larder_fail(e, LARDER_EINVAL, "rows are read as they are stored or as bf16");
+    if (i >= store_entry_n_extents(en, as))
+        return larder_fail(e, LARDER_EINVAL, "extent %u of %u", i, store_entry_n_extents(en, as));
+    return as == en->m.info.precision ? decode_tiles(en, i, targets, e)
+                                      : decode_expanded(en, i, targets, e);
 }
 
 int store_verify(struct store *s, const uint8_t key[STORE_KEY_LEN], uint64_t *ret_bytes,

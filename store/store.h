@@ -34,7 +34,7 @@ struct store_put;
 struct store_entry;
 
 struct store_opts {
-    const char *dir; /* must exist, 0700, on a local file system; used during the call only */
+    const char *dir;       /* must exist, 0700, on a local file system; used during the call only */
     uint64_t store_budget; /* bytes of manifests and extents, as stored_bytes counts; never 0 */
     bool allow_any_fs;     /* do not refuse network, FUSE or overlay file systems */
 };
@@ -122,18 +122,19 @@ int store_entry_load(struct store_entry *en, struct larder_err *e);
 /* Original positions of the rows of (layer, head); after store_entry_load(). */
 const uint32_t *store_entry_positions(const struct store_entry *en, uint32_t layer, uint32_t head);
 
-/* Where the rows of one (layer, KV head) are decoded to, as bf16 (packed rows are expanded). */
+/* Where the rows of one (layer, KV head) are decoded to. */
 struct store_target {
-    void *k, *v;
+    void *k, *v; /* bf16 rows, or tile_bytes_k() and tile_bytes_v() of the entry's precision */
     float *bias; /* NULL unless has_bias */
 };
 
-/* Row extents are independent: decode number i (< store_entry_n_extents()) into `targets`
- * [n_layers * n_kv_heads] and verify it. For packed precisions a single pseudo-extent per layer
- * covers that layer. Bytes are correct only when every extent has returned 0. */
-uint32_t store_entry_n_extents(const struct store_entry *en);
-int store_entry_decode(const struct store_entry *en, uint32_t i, const struct store_target *targets,
-                       struct larder_err *e);
+/* Rows are read `as` KV_BF16, into which packed ones are expanded, or in the entry's own precision.
+ * They come in independent parts: decode number i (< store_entry_n_extents()) into `targets`
+ * [n_layers * n_kv_heads] and verify it. A part is an extent, or a layer where rows are expanded.
+ * Bytes are correct only when every part has returned 0. */
+uint32_t store_entry_n_extents(const struct store_entry *en, enum kv_dtype as);
+int store_entry_decode(const struct store_entry *en, enum kv_dtype as, uint32_t i,
+                       const struct store_target *targets, struct larder_err *e);
 
 /* ---- names, lists, life */
 

@@ -75,6 +75,47 @@ PY
 }
 claim "a second reader, written from FORMAT.md, decodes the entry" second_reader
 
+# Half of the rows as int4 codes.
+packed_put() {
+    larder put "$docs/doc_a700.txt" --name small --policy snapkv,rows=50%,precision=int4 --wait &&
+        larder show small --json >"$dir/small" && larder show small | grep -q int4
+}
+claim "a document is stored in int4" packed_put
+packed_size() {
+    python3 - "$dir/small" "$dir/show" <<'PY'
+import json, sys
+e, bf16 = (json.load(open(p)) for p in sys.argv[1:3])
+assert e["precision"] == "int4" and e["policy"].endswith(",precision=int4"), e["policy"]
+assert all(r == [362] * 3 for r in e["rows"]) and e["full_bytes"] == bf16["full_bytes"]
+assert e["image_bytes"] == bf16["image_bytes"], "an image that nobody asked to be packed is bf16"
+rows = 90 * (4 * 256 + 12 * 256 + 358 * 72)  # four exact rows, twelve groups of steps, codes
+assert rows < e["stored_bytes"] < rows + 150000, (rows, e["stored_bytes"])
+PY
+}
+claim "show says so, and sizes are those of the codes" packed_size
+packed_answer() {
+    larder ask small "What is the name of the programming language?" --max-new 12 --json | field text | grep -q Python
+}
+claim "a question is answered from the codes" packed_answer
+packed_image() {
+    /usr/bin/python3 tests/format/read_entry.py "$dir/d/store" "$(field key <"$dir/small")" >"$dir/entry" &&
+        /usr/bin/python3 tests/format/read_image.py "$LARDER_SOCKET" small packed >"$dir/packed" &&
+        /usr/bin/python3 tests/format/read_image.py "$LARDER_SOCKET" small bf16 >"$dir/wide" &&
+        /usr/bin/python3 tests/format/read_image.py "$LARDER_SOCKET" a700 packed >"$dir/same" &&
+        python3 - "$dir/entry" "$dir/packed" "$dir/wide" "$dir/same" "$dir/show" <<'PY'
+import json, sys
+e, packed, wide, same, show = (json.load(open(p)) for p in sys.argv[1:6])
+assert packed["dtype"] == 5 and wide["dtype"] == 1 and packed["rows"] == wide["rows"] == e["rows"]
+assert packed["k"] == e["k"] and packed["v"] == e["v"]
+assert packed["n_bytes"] < wide["n_bytes"] / 2
+for i in (0, len(e["rows"]) - 1):
+    assert e["bf16"]["k%d" % i] == wide["k"][i] and e["bf16"]["v%d" % i] == wide["v"][i]
+assert same["dtype"] == 1 and same["n_bytes"] == show["image_bytes"]
+PY
+}
+claim "packed and expanded images hold what a second reader of FORMAT.md finds" packed_image
+claim "verify finds every byte of both good" larder verify
+
 stops() { stop_daemon TERM; [ ! -e "$dir/d/larder.sock" ]; }
 claim "a clean stop leaves no socket" stops
 claim "after a restart the entry is there" start_daemon

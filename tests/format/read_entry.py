@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 """A second reader of the store, written from store/FORMAT.md alone: no code of ours.
 
-read_entry.py STORE_DIR KEY_HEX prints the entry as JSON: identity, rows, positions, and a
-SHA-256 of the K and V bytes (bf16) of every (layer, KV head).
+read_entry.py STORE_DIR KEY_HEX prints the entry as JSON: identity, rows, positions, a SHA-256 of
+the K and V tile as stored of every (layer, KV head), and of the first and the last one as bf16.
 """
 import hashlib
 import json
@@ -105,6 +105,48 @@ def positions(data, m):
     return out
 
 
+def tile_bytes(precision, keys, rows, dim):
+    exact, packed = min(4, rows), rows - min(4, rows)
+    if precision == 1:
+        return 2 * rows * dim
+    if precision == 4:
+        return 2 * exact * dim + 2 * ((dim if packed else 0) if keys else packed) + packed * dim
+    assert precision == 5, "unknown precision"
+    pairs = -(-packed // 32) * dim if keys else packed * -(-dim // 32)
+    return 2 * exact * dim + 4 * pairs + packed * dim // 2
+
+
+def bf16(x):
+    """The bits of a number, rounded to f32 and then to the nearest bf16, ties to even."""
+    bits = struct.unpack("<I", struct.pack("<f", x))[0]
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+
+
+def expand(precision, keys, rows, dim, tile):
+    """A tile as bf16 bytes. Products are exact in f32, and sums are rounded once by bf16()."""
+    if precision == 1:
+        return tile
+    exact, packed = min(4, rows), rows - min(4, rows)
+    r = Reader(tile)
+    out = list(struct.unpack("<%dH" % (exact * dim), r.take(2 * exact * dim)))
+    if precision == 4:
+        count = (dim if packed else 0) if keys else packed
+        steps = struct.unpack("<%de" % count, r.take(2 * count))
+        codes = struct.unpack("<%db" % (packed * dim), r.take(packed * dim))
+        out += [bf16(q * steps[i % dim if keys else i // dim]) for i, q in enumerate(codes)]
+    else:
+        groups = -(-dim // 32)
+        count = -(-packed // 32) * dim if keys else packed * groups
+        scales = struct.unpack("<%de" % (2 * count), r.take(4 * count))
+        codes = r.take(packed * dim // 2)
+        for i in range(packed * dim):
+            row, c = divmod(i, dim)
+            at = row // 32 * dim + c if keys else row * groups + c // 32
+            out.append(bf16(scales[2 * at] + (codes[i // 2] >> i % 2 * 4 & 15) * scales[2 * at + 1]))
+    assert r.at == len(tile)
+    return struct.pack("<%dH" % (rows * dim), *out)
+
+
 def main():
     env = lmdb.open(sys.argv[1], readonly=True, max_dbs=16, lock=False)
     entries, extents = env.open_db(b"entries", create=False), env.open_db(b"extents", create=False)
@@ -117,12 +159,15 @@ def main():
     m["positions"] = positions(a.take(m["positions_len"]), m)
     m["logits"] = list(struct.unpack("<%de" % m["n_vocab"], a.take(2 * m["n_vocab"])))
     m["extra"] = json.loads(a.take(m["extra_len"]))
-    assert m["precision"] == 1, "this reader knows bf16 rows"
     r = Reader(rows)
-    m["k"], m["v"] = [], []
-    for n in m["rows"]:
-        for tile in ("k", "v"):
-            m[tile].append(hashlib.sha256(r.take(2 * n * m["head_dim"])).hexdigest())
+    m["k"], m["v"], m["bf16"] = [], [], {}
+    for i, n in enumerate(m["rows"]):
+        for name in ("k", "v"):
+            shape = m["precision"], name == "k", n, m["head_dim"]
+            tile = r.take(tile_bytes(*shape))
+            m[name].append(hashlib.sha256(tile).hexdigest())
+            if i in (0, len(m["rows"]) - 1):
+                m["bf16"]["%s%d" % (name, i)] = hashlib.sha256(expand(*shape, tile)).hexdigest()
         r.take(2 * n if m["flags"] & 1 else 0)
     assert r.at == len(rows)
     m["extents"] = len(m["extents"])

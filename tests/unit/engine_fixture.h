@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "fake_model.h"
+#include "packed.h"
 
 enum { N = 150, HEADS = FAKE_LAYERS * FAKE_KV_HEADS };
 
@@ -26,8 +27,9 @@ static inline struct backend *open_backend(const struct model *m, uint32_t n_thr
 
 struct kept {
     uint32_t n_rows;
+    enum kv_dtype dtype;
     uint32_t *position;
-    float *k, *v;
+    float *k, *v; /* or tiles */
 };
 
 /* One prefill with everything it gave. */
@@ -52,15 +54,17 @@ static inline int on_layer(void *arg, uint32_t layer, const struct kept_rows *he
     o->n_layers++;
     for (uint32_t g = 0; g < FAKE_KV_HEADS; g++) {
         struct kept *to = &o->head[layer * FAKE_KV_HEADS + g];
-        size_t bytes = heads[g].n_rows * (size_t)FAKE_HEAD_DIM * sizeof(float);
+        size_t k_bytes = tile_bytes_k(heads[g].dtype, heads[g].n_rows, FAKE_HEAD_DIM);
+        size_t v_bytes = tile_bytes_v(heads[g].dtype, heads[g].n_rows, FAKE_HEAD_DIM);
 
         to->n_rows = heads[g].n_rows;
+        to->dtype = heads[g].dtype;
         to->position = malloc(to->n_rows * sizeof(uint32_t));
-        to->k = malloc(bytes);
-        to->v = malloc(bytes);
+        to->k = malloc(k_bytes);
+        to->v = malloc(v_bytes);
         memcpy(to->position, heads[g].position, to->n_rows * sizeof(uint32_t));
-        memcpy(to->k, heads[g].k, bytes);
-        memcpy(to->v, heads[g].v, bytes);
+        memcpy(to->k, heads[g].k, k_bytes);
+        memcpy(to->v, heads[g].v, v_bytes);
         assert_null(heads[g].bias);
     }
     return 0;

@@ -37,9 +37,9 @@ static inline void *must(void *p)
 
 static inline void make_head(struct synthetic *y, int l, int h, uint64_t *seed)
 {
-    uint32_t n = y->rows[l][h], p = 0;
-    float *k = must(mem_alloc((uint64_t)n * DIM, sizeof *k));
-    float *v = must(mem_alloc((uint64_t)n * DIM, sizeof *v));
+    uint32_t n = y->rows[l][h], p = 0, d = y->geom.head_dim;
+    float *k = must(mem_alloc((uint64_t)n * d, sizeof *k));
+    float *v = must(mem_alloc((uint64_t)n * d, sizeof *v));
 
     y->position[l][h] = must(mem_alloc(n, 4));
     y->bias[l][h] = must(mem_alloc(n, 4));
@@ -52,39 +52,40 @@ static inline void make_head(struct synthetic *y, int l, int h, uint64_t *seed)
         y->position[l][h][i] = p++;
         y->bias[l][h][i] = bf16_to_f32(f32_to_bf16(test_randf(seed)));
     }
-    for (uint64_t i = 0; i < (uint64_t)n * DIM; i++) {
+    for (uint64_t i = 0; i < (uint64_t)n * d; i++) {
         k[i] = test_randf(seed) * (float)(1 + i % 7);
         v[i] = test_randf(seed);
     }
-    y->k[l][h] = must(mem_zalloc(tile_bytes_k(y->precision, n, DIM), 1));
-    y->v[l][h] = must(mem_zalloc(tile_bytes_v(y->precision, n, DIM), 1));
-    y->want_k[l][h] = must(mem_zalloc((uint64_t)n * DIM, 2));
-    y->want_v[l][h] = must(mem_zalloc((uint64_t)n * DIM, 2));
+    y->k[l][h] = must(mem_zalloc(tile_bytes_k(y->precision, n, d), 1));
+    y->v[l][h] = must(mem_zalloc(tile_bytes_v(y->precision, n, d), 1));
+    y->want_k[l][h] = must(mem_zalloc((uint64_t)n * d, 2));
+    y->want_v[l][h] = must(mem_zalloc((uint64_t)n * d, 2));
     if (y->precision == KV_BF16) {
-        for (uint64_t i = 0; i < (uint64_t)n * DIM; i++) {
+        for (uint64_t i = 0; i < (uint64_t)n * d; i++) {
             y->want_k[l][h][i] = f32_to_bf16(k[i]);
             y->want_v[l][h][i] = f32_to_bf16(v[i]);
         }
-        memcpy(y->k[l][h], y->want_k[l][h], 2ull * n * DIM);
-        memcpy(y->v[l][h], y->want_v[l][h], 2ull * n * DIM);
+        memcpy(y->k[l][h], y->want_k[l][h], 2ull * n * d);
+        memcpy(y->v[l][h], y->want_v[l][h], 2ull * n * d);
     } else {
-        packed_from_k(y->precision, k, n, DIM, y->k[l][h]);
-        packed_from_v(y->precision, v, n, DIM, y->v[l][h]);
-        packed_expand_k(y->precision, y->k[l][h], n, DIM, y->want_k[l][h]);
-        packed_expand_v(y->precision, y->v[l][h], n, DIM, y->want_v[l][h]);
+        packed_from_k(y->precision, k, n, d, y->k[l][h]);
+        packed_from_v(y->precision, v, n, d, y->v[l][h]);
+        packed_expand_k(y->precision, y->k[l][h], n, d, y->want_k[l][h]);
+        packed_expand_v(y->precision, y->v[l][h], n, d, y->want_v[l][h]);
     }
     mem_free(k);
     mem_free(v);
 }
 
-/* An entry of n_ctx tokens with ragged rows; `seed` makes it, so equal seeds are equal. */
-static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype precision,
-                                              bool has_bias, uint64_t seed)
+/* An entry of n_ctx tokens with ragged rows of d elements; `seed` makes it, so equal seeds are
+ * equal. */
+static inline struct synthetic *synthetic_of(uint32_t n_ctx, uint32_t d, enum kv_dtype precision,
+                                             bool has_bias, uint64_t seed)
 {
     struct synthetic *y = must(mem_zalloc(1, sizeof *y));
     uint64_t s = seed * 2654435761u + 1;
 
-    y->geom = (struct kv_geom){LAYERS, HEADS * 2, HEADS, DIM};
+    y->geom = (struct kv_geom){LAYERS, HEADS * 2, HEADS, d};
     y->precision = precision;
     y->has_bias = has_bias;
     y->n_ctx = n_ctx;
@@ -115,6 +116,12 @@ static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype prec
         .created = 1000};
     memset(y->info.ident.model_fp, 1, 32);
     return y;
+}
+
+static inline struct synthetic *synthetic_new(uint32_t n_ctx, enum kv_dtype precision,
+                                              bool has_bias, uint64_t seed)
+{
+    return synthetic_of(n_ctx, DIM, precision, has_bias, seed);
 }
 
 static inline void synthetic_free(struct synthetic *y)
@@ -153,37 +160,36 @@ static inline int synthetic_put(struct store *s, const struct synthetic *y, cons
     return store_put_commit(p, &y->info, name, pin, key, e);
 }
 
-/* Decode everything and compare; 0 when all is right, else the first failing code. */
-static inline int synthetic_compare(struct store *s, const struct synthetic *y,
-                                    const uint8_t key[32], struct larder_err *e)
+/* Decode the rows as they are stored or as bf16, and compare. */
+static inline int synthetic_compare_rows(struct store_entry *en, const struct synthetic *y,
+                                         enum kv_dtype as, struct larder_err *e)
 {
-    struct store_entry *en = NULL;
     struct store_target t[LAYERS * HEADS];
-    int rc = store_entry_open(s, key, &en, e);
+    uint32_t d = y->geom.head_dim;
+    int rc = 0;
 
-    if (rc)
-        return rc;
     for (int i = 0; i < LAYERS * HEADS; i++) {
         uint32_t n = y->rows[i / HEADS][i % HEADS];
 
-        t[i].k = must(mem_zalloc((uint64_t)n * DIM, 2));
-        t[i].v = must(mem_zalloc((uint64_t)n * DIM, 2));
+        t[i].k = must(mem_zalloc(tile_bytes_k(as, n, d), 1));
+        t[i].v = must(mem_zalloc(tile_bytes_v(as, n, d), 1));
         t[i].bias = must(mem_zalloc(n, 4));
+        memset(t[i].bias, 0xff, 4ull * n);
     }
-    for (uint32_t i = 0; !rc && i < store_entry_n_extents(en); i++)
-        rc = store_entry_decode(en, i, t, e);
-    if (!rc)
-        rc = store_entry_load(en, e);
+    for (uint32_t i = 0; !rc && i < store_entry_n_extents(en, as); i++)
+        rc = store_entry_decode(en, as, i, t, e);
     for (int i = 0; i < LAYERS * HEADS; i++) {
         int l = i / HEADS, h = i % HEADS;
         uint32_t n = y->rows[l][h];
 
         if (!rc) {
+            bool wide = as != y->precision || as == KV_BF16;
+
             assert_int_equal(store_entry_info(en)->rows[i], n);
-            assert_memory_equal(t[i].k, y->want_k[l][h], 2ull * n * DIM);
-            assert_memory_equal(t[i].v, y->want_v[l][h], 2ull * n * DIM);
-            assert_memory_equal(store_entry_positions(en, (uint32_t)l, (uint32_t)h),
-                                y->position[l][h], 4ull * n);
+            assert_memory_equal(t[i].k, wide ? (void *)y->want_k[l][h] : y->k[l][h],
+                                tile_bytes_k(as, n, d));
+            assert_memory_equal(t[i].v, wide ? (void *)y->want_v[l][h] : y->v[l][h],
+                                tile_bytes_v(as, n, d));
             if (y->has_bias)
                 assert_memory_equal(t[i].bias, y->bias[l][h], 4ull * n);
         }
@@ -191,6 +197,27 @@ static inline int synthetic_compare(struct store *s, const struct synthetic *y,
         mem_free(t[i].v);
         mem_free(t[i].bias);
     }
+    return rc;
+}
+
+/* Decode everything and compare; 0 when all is right, else the first failing code. */
+static inline int synthetic_compare(struct store *s, const struct synthetic *y,
+                                    const uint8_t key[32], struct larder_err *e)
+{
+    struct store_entry *en = NULL;
+    int rc = store_entry_open(s, key, &en, e);
+
+    if (rc)
+        return rc;
+    rc = synthetic_compare_rows(en, y, KV_BF16, e);
+    if (!rc)
+        rc = synthetic_compare_rows(en, y, y->precision, e);
+    if (!rc)
+        rc = store_entry_load(en, e);
+    for (int i = 0; !rc && i < LAYERS * HEADS; i++)
+        assert_memory_equal(store_entry_positions(en, (uint32_t)(i / HEADS), (uint32_t)(i % HEADS)),
+                            y->position[i / HEADS][i % HEADS],
+                            4ull * y->rows[i / HEADS][i % HEADS]);
     if (!rc) {
         const struct store_info *in = store_entry_info(en);
 

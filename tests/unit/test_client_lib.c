@@ -44,12 +44,14 @@ static int count_fds(void)
     return n;
 }
 
+static enum kv_dtype image_rows_type = KV_BF16; /* a fake daemon's own */
+
 /* A small image under key 0xaa..., changed by `spoil`. */
 static uint8_t *image_bytes(uint64_t *ret_n, void (*spoil)(uint8_t *base, uint64_t n))
 {
     static const uint32_t rows[2] = {3, 2};
     struct image_spec s = {.geom = {2, 2, 1, 4},
-                           .dtype = KV_BF16,
+                           .dtype = image_rows_type,
                            .n_ctx = 9,
                            .next_pos = 9,
                            .n_vocab = 5,
@@ -166,6 +168,7 @@ static void honest(int sock)
             answer_watch(sock, f.seq);
             break;
         case FRAME_FETCH:
+            image_rows_type = json_object_get(f.body, "rows") ? KV_INT4 : KV_BF16;
             file = image_file(NULL);
             answer_fetch(sock, f.seq, file, (uint64_t)lseek(file, 0, SEEK_END));
             close(file);
@@ -300,6 +303,23 @@ static void a_fetched_image_is_mapped_and_outlives_the_connection(void **state)
     assert_int_equal(larder_release(NULL, &l, SOON, NULL), 0);
     assert_int_equal(larder_release(NULL, NULL, SOON, NULL), 0);
     assert_int_equal(count_fds(), before);
+}
+
+static void packed_rows_come_only_when_asked_for(void **state)
+{
+    const struct larder_fetch_options o[] = {{.packed = 1}, {0}};
+    struct fake d = fake_start(honest);
+    struct larder *c = connect_to(&d);
+    struct larder_lease l = {.fd = -1};
+
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(larder_fetch_with(c, "doc", i < 2 ? &o[i] : NULL, SOON, &l, NULL), 0);
+        assert_int_equal(l.image.dtype, i ? LARDER_ROWS_BF16 : LARDER_ROWS_INT4);
+        assert_int_equal(larder_release(c, &l, SOON, NULL), 0);
+    }
+    larder_close(c);
+    fake_stop(&d);
 }
 
 static void an_error_answer_is_its_code_and_leaves_the_connection_usable(void **state)
@@ -620,6 +640,8 @@ HOSTILE(no_image, if (f.type == FRAME_FETCH) answer_fetch(sock, f.seq, -1, 4096)
 HOSTILE(image_is_a_socket, if (f.type == FRAME_FETCH) answer_fetch(sock, f.seq, sock, 4096);)
 HOSTILE(image_of_another_entry, int file = image_file(spoil_key);
         answer_fetch(sock, f.seq, file, (uint64_t)lseek(file, 0, SEEK_END)); close(file);)
+HOSTILE(image_packed_unasked, image_rows_type = KV_INT4; int file = image_file(NULL);
+        answer_fetch(sock, f.seq, file, (uint64_t)lseek(file, 0, SEEK_END)); close(file);)
 HOSTILE(image_of_wrong_size, int file = image_file(NULL); answer_fetch(sock, f.seq, file, 4096);
         close(file);)
 HOSTILE(image_unsealed, uint64_t n = 0; uint8_t *p = image_bytes(&n, NULL);
@@ -666,6 +688,7 @@ static void images_that_cannot_be_trusted_never_reach_the_caller(void **state)
         {no_image, LARDER_EPROTO},
         {image_is_a_socket, LARDER_EPROTO},
         {image_of_another_entry, LARDER_EPROTO},
+        {image_packed_unasked, LARDER_EPROTO},
         {image_of_wrong_size, LARDER_EPROTO},
         {image_unsealed, LARDER_EPROTO},
         {image_damaged, LARDER_EDAMAGED},
@@ -758,6 +781,7 @@ int main(void)
         cmocka_unit_test(watching_reports_progress_and_then_the_outcome),
         cmocka_unit_test(entries_are_found_by_name_key_and_prefix),
         cmocka_unit_test(a_fetched_image_is_mapped_and_outlives_the_connection),
+        cmocka_unit_test(packed_rows_come_only_when_asked_for),
         cmocka_unit_test(an_error_answer_is_its_code_and_leaves_the_connection_usable),
         cmocka_unit_test(a_missing_daemon_is_named_with_what_to_do),
         cmocka_unit_test(connecting_to_a_full_backlog_ends_at_the_deadline),

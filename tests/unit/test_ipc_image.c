@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "image_plan.h"
+#include "packed.h"
 
 struct shape {
     struct kv_geom g;
@@ -19,6 +20,8 @@ static const struct shape shapes[] = {
     {{2, 4, 2, 6}, KV_F32, true, false, 9, 3, 64},
     {{5, 8, 1, 10}, KV_F16, true, true, 33, 17, 1},
     {{2, 2, 2, 128}, KV_BF16, true, false, 300, 1000, 4097},
+    {{2, 4, 2, 6}, KV_INT4, true, false, 71, 9, 5},
+    {{3, 3, 3, 64}, KV_INT8, false, true, 40, 9, 0},
 };
 #define N_SHAPES (sizeof shapes / sizeof *shapes)
 
@@ -42,8 +45,8 @@ static void fill(struct made *m, const struct shape *s, uint64_t *seed)
             if (s->bias)
                 bias[r] = test_randf(seed);
         }
-        memset(m->base + t->k_off, 0x11, (size_t)t->n_rows * s->g.head_dim * 2);
-        memset(m->base + t->v_off, 0x22, (size_t)t->n_rows * s->g.head_dim * 2);
+        memset(m->base + t->k_off, 0x11, tile_bytes_k(s->dtype, t->n_rows, s->g.head_dim));
+        memset(m->base + t->v_off, 0x22, tile_bytes_v(s->dtype, t->n_rows, s->g.head_dim));
     }
     for (uint32_t i = 0; i < s->n_ctx; i++)
         ((uint32_t *)(void *)(m->base + m->plan->tokens_off))[i] = i % s->n_vocab;
@@ -148,7 +151,7 @@ static uint64_t touch(const void *p, uint64_t n)
 /* Read every byte that the accessors hand out; the sanitizer sees a step outside. */
 static uint64_t read_all(const struct larder_image *im)
 {
-    uint64_t elem = im->dtype == LARDER_ROWS_F32 ? 4 : 2;
+    enum kv_dtype t = (enum kv_dtype)im->dtype;
     uint64_t sum = touch(larder_image_text(im), im->text_len);
 
     sum += touch(larder_image_tokens(im), 4ull * im->n_tokens);
@@ -157,8 +160,8 @@ static uint64_t read_all(const struct larder_image *im)
         for (uint32_t h = 0; h < im->n_kv_heads; h++) {
             struct larder_rows r = larder_image_rows(im, l, h);
 
-            sum += touch(r.k, r.n_rows * elem * im->head_dim);
-            sum += touch(r.v, r.n_rows * elem * im->head_dim);
+            sum += touch(r.k, tile_bytes_k(t, r.n_rows, im->head_dim));
+            sum += touch(r.v, tile_bytes_v(t, r.n_rows, im->head_dim));
             sum += touch(r.position, 4ull * r.n_rows);
             if (r.bias)
                 sum += touch(r.bias, 4ull * r.n_rows);
@@ -238,6 +241,20 @@ static void counts_that_overflow_are_refused(void **state)
     drop(&m);
 }
 
+/* The same counts as another type are another layout. */
+static void a_type_of_other_size_is_refused(void **state)
+{
+    (void)state;
+    for (size_t i = 4; i < N_SHAPES; i++) {
+        struct made m = make_image(&shapes[i]);
+
+        for (uint32_t t = 0; t < 9; t++)
+            if (t != shapes[i].dtype && !(t == KV_F16 && shapes[i].dtype == KV_BF16))
+                assert_int_equal(check_with(&m, 28, t, 4), LARDER_EDAMAGED);
+        drop(&m);
+    }
+}
+
 static void contents_that_would_mislead_a_decoder_are_refused(void **state)
 {
     struct made m = make_image(&shapes[4]);
@@ -272,37 +289,44 @@ static void contents_that_would_mislead_a_decoder_are_refused(void **state)
 
 static void every_truncation_and_a_misaligned_mapping_are_refused(void **state)
 {
-    struct made m = make_image(&shapes[2]);
     struct larder_image im;
 
     (void)state;
-    for (uint64_t n = 0; n < m.plan->n_bytes; n++) {
-        uint8_t *cut = mem_aligned(n, 1);
+    for (int shape = 2; shape < (int)N_SHAPES; shape += 3) { /* one of them packed */
+        struct made m = make_image(&shapes[shape]);
 
-        memcpy(cut, m.base, n);
-        assert_int_equal(larder_image_check(cut, n, &im, NULL), LARDER_EDAMAGED);
-        mem_free(cut);
+        for (uint64_t n = 0; n < m.plan->n_bytes; n++) {
+            uint8_t *cut = mem_aligned(n, 1);
+
+            memcpy(cut, m.base, n);
+            assert_int_equal(larder_image_check(cut, n, &im, NULL), LARDER_EDAMAGED);
+            mem_free(cut);
+        }
+        assert_int_equal(larder_image_check(m.base + 4, m.plan->n_bytes - 4, &im, NULL),
+                         LARDER_EINVAL);
+        drop(&m);
     }
-    assert_int_equal(larder_image_check(m.base + 4, m.plan->n_bytes - 4, &im, NULL), LARDER_EINVAL);
     assert_int_equal(larder_image_check(NULL, 4096, &im, NULL), LARDER_EINVAL);
-    drop(&m);
 }
 
 static void a_stated_size_cut_to_the_file_is_still_refused(void **state)
 {
-    struct made m = make_image(&shapes[4]);
     struct larder_image im;
 
     (void)state;
-    for (uint64_t n = 4096; n < m.plan->n_bytes; n += 4096) {
-        uint8_t *cut = mem_aligned(n, 1);
+    for (size_t shape = 4; shape < N_SHAPES; shape++) {
+        struct made m = make_image(&shapes[shape]);
 
-        memcpy(cut, m.base, n);
-        memcpy(cut + 16, &n, 8);
-        assert_int_equal(larder_image_check(cut, n, &im, NULL), LARDER_EDAMAGED);
-        mem_free(cut);
+        for (uint64_t n = 4096; n < m.plan->n_bytes; n += 4096) {
+            uint8_t *cut = mem_aligned(n, 1);
+
+            memcpy(cut, m.base, n);
+            memcpy(cut + 16, &n, 8);
+            assert_int_equal(larder_image_check(cut, n, &im, NULL), LARDER_EDAMAGED);
+            mem_free(cut);
+        }
+        drop(&m);
     }
-    drop(&m);
 }
 
 static void a_plan_refuses_what_cannot_be_an_image(void **state)
@@ -323,7 +347,7 @@ static void a_plan_refuses_what_cannot_be_an_image(void **state)
     bad.text_len = UINT64_MAX - 100;
     assert_int_equal(image_plan_new(&p, &bad, UINT64_MAX, NULL), LARDER_ETOOBIG);
     bad = ok;
-    bad.dtype = KV_INT8;
+    bad.dtype = (enum kv_dtype)6;
     assert_int_equal(image_plan_new(&p, &bad, 1 << 20, NULL), LARDER_EINVAL);
     bad = ok;
     bad.next_pos = 3;
@@ -394,6 +418,7 @@ int main(void)
         cmocka_unit_test(an_image_survives_the_round_trip),
         cmocka_unit_test(a_changed_header_or_table_byte_is_refused_or_harmless),
         cmocka_unit_test(counts_that_overflow_are_refused),
+        cmocka_unit_test(a_type_of_other_size_is_refused),
         cmocka_unit_test(contents_that_would_mislead_a_decoder_are_refused),
         cmocka_unit_test(every_truncation_and_a_misaligned_mapping_are_refused),
         cmocka_unit_test(a_stated_size_cut_to_the_file_is_still_refused),

@@ -7,26 +7,32 @@
 enum { Q = 7 };
 static const uint32_t question[Q] = {5, 17, 80, 3, 199, 41, 66};
 
-/* Logits after the question on the rows of o, in steps of `step` tokens. */
-static void ask_rows(struct backend *b, const struct past_rows *past, uint32_t next_pos,
-                     uint32_t step, float *logits)
+/* Logits after n ids on stored rows, in steps of `step` tokens. */
+static void ask_ids(struct backend *b, const struct past_rows *past, uint32_t next_pos,
+                    const uint32_t *ids, uint32_t n, uint32_t step, float *logits)
 {
     struct weights *w = NULL;
     struct decode *d = NULL;
 
     assert_int_equal(weights_load(&w, b, NULL), 0);
-    assert_int_equal(decode_open(&d, b, w, past, next_pos, Q, NULL), 0);
-    for (uint32_t i = 0; i < Q; i += step)
-        assert_int_equal(decode_step(d, question + i, Q - i < step ? Q - i : step, logits, NULL),
-                         0);
+    assert_int_equal(decode_open(&d, b, w, past, next_pos, n, NULL), 0);
+    for (uint32_t i = 0; i < n; i += step)
+        assert_int_equal(decode_step(d, ids + i, n - i < step ? n - i : step, logits, NULL), 0);
     decode_close(d);
     weights_free(w);
+}
+
+static void ask_rows(struct backend *b, const struct past_rows *past, uint32_t next_pos,
+                     uint32_t step, float *logits)
+{
+    ask_ids(b, past, next_pos, question, Q, step, logits);
 }
 
 static void as_past(const struct outcome *o, struct past_rows *past)
 {
     for (int i = 0; i < HEADS; i++)
-        past[i] = (struct past_rows){o->head[i].n_rows, KV_F32, o->head[i].k, o->head[i].v, NULL};
+        past[i] = (struct past_rows){o->head[i].n_rows, o->head[i].dtype, o->head[i].k,
+                                     o->head[i].v, NULL};
 }
 
 static void ask(const struct model *m, const struct outcome *o, uint32_t step, float *logits)
@@ -238,6 +244,62 @@ static void past_rows_may_be_bf16(void **state)
     b->ops->close(b);
 }
 
+/* f32 rows for the tiles of `past`. */
+static void expand_past(const struct past_rows *past, struct past_rows *wide)
+{
+    for (int i = 0; i < HEADS; i++) {
+        uint64_t n = (uint64_t)past[i].n_rows * FAKE_HEAD_DIM;
+        float *k = malloc(n * sizeof *k), *v = malloc(n * sizeof *v);
+
+        packed_expand_k_f32(past[i].dtype, past[i].k, past[i].n_rows, FAKE_HEAD_DIM, k);
+        packed_expand_v_f32(past[i].dtype, past[i].v, past[i].n_rows, FAKE_HEAD_DIM, v);
+        wide[i] = (struct past_rows){past[i].n_rows, KV_F32, k, v, past[i].bias};
+    }
+}
+
+/* Rows that left the engine packed: short steps read the codes, long ones expand them first. The
+ * sums are the same in another order, through eight layers. */
+static void packed_rows_answer_like_what_they_stand_for(void **state)
+{
+    const char *policies[] = {"snapkv,rows=77,w=8,precision=int4",
+                              "snapkv,rows=77,w=8,precision=int8", "full,precision=int4"};
+    enum { LONG = 30 };
+    struct model m = fake_model();
+    struct backend *b = open_backend(&m, 2);
+    struct past_rows past[HEADS], wide[HEADS];
+    float bias[N], want[FAKE_VOCAB], got[FAKE_VOCAB];
+    uint32_t ids[LONG];
+
+    (void)state;
+    make_ids(ids, LONG);
+    for (uint32_t i = 0; i < N; i++)
+        bias[i] = (float)(i % 5) / 4 - 0.5f;
+    for (int p = 0; p < 3; p++) {
+        struct outcome o = run(&m, N, policies[p]);
+
+        as_past(&o, past);
+        for (int i = 0; i < HEADS; i++) {
+            assert_int_equal(past[i].dtype, p == 1 ? KV_INT8 : KV_INT4);
+            past[i].bias = i % 2 ? bias : NULL;
+        }
+        expand_past(past, wide);
+        for (uint32_t step = 1; step <= LONG; step = 3 * step + 1) { /* 1, 4, 13 */
+            ask_ids(b, wide, N, ids, LONG, step, want);
+            ask_ids(b, past, N, ids, LONG, step, got);
+            assert_true(worst(want, got) < 1e-4f);
+        }
+        ask_ids(b, wide, N, ids, LONG, LONG, want);
+        ask_ids(b, past, N, ids, LONG, LONG, got);
+        assert_true(worst(want, got) < 1e-4f);
+        for (int i = 0; i < HEADS; i++) {
+            free((void *)(uintptr_t)wide[i].k);
+            free((void *)(uintptr_t)wide[i].v);
+        }
+        drop(&o);
+    }
+    b->ops->close(b);
+}
+
 /* A bias of minus a lot removes a row; a bias of log 2 counts it twice. */
 static void bias_is_added_to_the_logit(void **state)
 {
@@ -356,6 +418,7 @@ int main(void)
         cmocka_unit_test(rewinding_forgets_tokens),
         cmocka_unit_test(decoding_without_a_cache_is_a_prefill),
         cmocka_unit_test(past_rows_may_be_bf16),
+        cmocka_unit_test(packed_rows_answer_like_what_they_stand_for),
         cmocka_unit_test(bias_is_added_to_the_logit),
         cmocka_unit_test(decode_refuses_what_does_not_fit),
         cmocka_unit_test(decode_survives_failing_allocations),

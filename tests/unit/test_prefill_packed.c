@@ -1,0 +1,240 @@
+/* Rows that become tiles on their way out of the engine, and attention on tiles. */
+#include "testlib.h"
+
+#include <math.h>
+
+#include "cpu.h"
+#include "half.h"
+#include "pack.h"
+#include "packed.h"
+
+static float *random_floats(uint64_t n, float size, uint64_t seed)
+{
+    float *x = malloc(n * sizeof *x + 1);
+
+    assert_non_null(x);
+    for (uint64_t i = 0; i < n; i++)
+        x[i] = size * test_randf(&seed);
+    return x;
+}
+
+/* One KV head in tiles, and the f32 rows that they stand for. */
+struct packed_head {
+    uint32_t n, d;
+    struct past_rows past;
+    uint8_t *k_tile, *v_tile;
+    float *k, *v;
+};
+
+static struct packed_head make_head(enum kv_dtype t, uint32_t n, uint32_t d)
+{
+    struct packed_head h = {.n = n, .d = d};
+    uint64_t size = (uint64_t)n * d;
+
+    h.k = random_floats(size, 3, 1 + n);
+    h.v = random_floats(size, 1, 2 + n);
+    h.k_tile = malloc(tile_bytes_k(t, n, d) + 1);
+    h.v_tile = malloc(tile_bytes_v(t, n, d) + 1);
+    packed_from_k(t, h.k, n, d, h.k_tile);
+    packed_from_v(t, h.v, n, d, h.v_tile);
+    packed_expand_k_f32(t, h.k_tile, n, d, h.k);
+    packed_expand_v_f32(t, h.v_tile, n, d, h.v);
+    h.past = (struct past_rows){n, t, h.k_tile, h.v_tile, NULL};
+    return h;
+}
+
+static void drop_head(struct packed_head *h)
+{
+    free(h->k);
+    free(h->v);
+    free(h->k_tile);
+    free(h->v_tile);
+}
+
+/* Relative to what is added up, which cancels. */
+static void assert_near(float got, double want, double size)
+{
+    if (!(fabs(got - want) <= 1e-6 * (size + 1)))
+        fail_msg("%.9g, not %.9g", (double)got, want);
+}
+
+static void check_logits(const struct packed_head *h, uint32_t rows)
+{
+    uint64_t ld = h->n + 3;
+    float *q = random_floats((uint64_t)rows * h->d, 1, 7), *got = random_floats(rows * ld, 1, 8);
+    float *scratch = malloc(cpu_packed_floats(h->d, rows) * sizeof *scratch);
+
+    cpu_packed_logits(&h->past, h->d, q, rows, got, ld, scratch);
+    for (uint32_t i = 0; i < rows; i++)
+        for (uint32_t j = 0; j < h->n; j++) {
+            double sum = 0, size = 0;
+
+            for (uint32_t c = 0; c < h->d; c++) {
+                double x = (double)q[i * h->d + c] * h->k[(uint64_t)j * h->d + c];
+
+                sum += x;
+                size += fabs(x);
+            }
+            assert_near(got[i * ld + j], sum, size);
+        }
+    free(q);
+    free(got);
+    free(scratch);
+}
+
+static void check_values(const struct packed_head *h, uint32_t rows)
+{
+    uint64_t ld = h->n + 5;
+    float *p = random_floats(rows * ld, 1, 9), *o = random_floats((uint64_t)rows * h->d, 1, 10);
+    float *was = random_floats((uint64_t)rows * h->d, 1, 10);
+    float *scratch = malloc(cpu_packed_floats(h->d, rows) * sizeof *scratch);
+
+    cpu_packed_values(&h->past, h->d, p, rows, ld, o, scratch);
+    for (uint32_t i = 0; i < rows; i++)
+        for (uint32_t c = 0; c < h->d; c++) {
+            double sum = was[i * h->d + c], size = fabs(sum);
+
+            for (uint32_t j = 0; j < h->n; j++) {
+                double x = (double)p[i * ld + j] * h->v[(uint64_t)j * h->d + c];
+
+                sum += x;
+                size += fabs(x);
+            }
+            assert_near(o[i * h->d + c], sum, size);
+        }
+    free(p);
+    free(o);
+    free(was);
+    free(scratch);
+}
+
+static void fused_attention_equals_the_expanded_one(void **state)
+{
+    static const uint32_t dims[] = {2, 6, 32, 64, 66, 80, 128}, rows[] = {1, 2, 3, 4, 7, 45},
+                          counts[] = {0, 1, 4, 5, 12, 35, 36, 37, 69, 200};
+
+    (void)state;
+    for (int t = KV_INT8; t <= KV_INT4; t++)
+        for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+            for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
+                struct packed_head h = make_head((enum kv_dtype)t, counts[j], dims[i]);
+
+                for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+                    check_logits(&h, rows[r]);
+                    check_values(&h, rows[r]);
+                }
+                drop_head(&h);
+            }
+}
+
+enum { HEADS = 2, DIM = 8, MOST = 40 };
+
+/* Two heads of different length in f32 or bf16. */
+static void make_rows(enum kv_dtype elem, uint32_t n0, uint32_t n1, float *x, uint16_t *half,
+                      struct kept_rows *heads)
+{
+    uint64_t seed = 5;
+
+    for (int i = 0; i < HEADS * MOST * DIM; i++) {
+        half[i] = f32_to_bf16(test_randf(&seed));
+        x[i] = bf16_to_f32(half[i]);
+    }
+    for (int g = 0; g < HEADS; g++) {
+        const void *at =
+            elem == KV_F32 ? (void *)(x + g * MOST * DIM) : (void *)(half + g * MOST * DIM);
+
+        heads[g] = (struct kept_rows){g ? n1 : n0, NULL, at, at, NULL, elem};
+    }
+}
+
+static void a_layer_becomes_the_tiles_of_its_rows(void **state)
+{
+    struct kv_geom g = {1, HEADS, HEADS, DIM};
+    float x[HEADS * MOST * DIM];
+    uint16_t half[HEADS * MOST * DIM];
+    uint8_t want[MOST * DIM * 2];
+    struct kept_rows heads[HEADS];
+    struct packer p = {0};
+
+    (void)state;
+    for (int what = 0; what < 4; what++) {
+        enum kv_dtype t = what & 1 ? KV_INT4 : KV_INT8, elem = what & 2 ? KV_F32 : KV_BF16;
+
+        for (uint32_t n = 0; n <= MOST; n += 20) {
+            make_rows(elem, n, MOST - n, x, half, heads);
+            assert_int_equal(packer_layer(&p, &g, t, heads, NULL), 0);
+            for (int i = 0; i < HEADS; i++) {
+                uint32_t rows = heads[i].n_rows;
+
+                assert_int_equal(heads[i].dtype, t);
+                packed_from_k(t, x + i * MOST * DIM, rows, DIM, want);
+                assert_memory_equal(heads[i].k, want, tile_bytes_k(t, rows, DIM));
+                packed_from_v(t, x + i * MOST * DIM, rows, DIM, want);
+                assert_memory_equal(heads[i].v, want, tile_bytes_v(t, rows, DIM));
+            }
+            const void *was = heads[0].k; /* tiles stay as they are */
+            assert_int_equal(packer_layer(&p, &g, t, heads, NULL), 0);
+            assert_ptr_equal(heads[0].k, was);
+        }
+    }
+    make_rows(KV_F32, 9, 9, x, half, heads);
+    assert_int_equal(packer_layer(&p, &g, KV_BF16, heads, NULL), 0);
+    assert_ptr_equal(heads[0].k, x);
+    assert_int_equal(heads[0].dtype, KV_F32);
+    packer_done(&p);
+}
+
+static void what_has_no_code_is_an_error(void **state)
+{
+    static const float bad[] = {NAN, INFINITY, -INFINITY, 1e30f};
+    struct kv_geom g = {1, HEADS, HEADS, DIM};
+    float x[HEADS * MOST * DIM];
+    uint16_t half[HEADS * MOST * DIM];
+    struct kept_rows heads[HEADS];
+    struct packer p = {0};
+
+    (void)state;
+    for (int i = 0; i < 4; i++)
+        for (int at = 0; at < MOST; at += 13) {
+            if (i == 3 && at < 4)
+                continue; /* an exact row may be as large as bf16 is */
+            make_rows(KV_F32, MOST, MOST, x, half, heads);
+            x[MOST * DIM + at * DIM + 3] = bad[i];
+            assert_int_equal(packer_layer(&p, &g, KV_INT4, heads, NULL), LARDER_ENUMERIC);
+        }
+    packer_done(&p);
+}
+
+static void packing_without_memory_fails_cleanly(void **state)
+{
+    struct kv_geom g = {1, HEADS, HEADS, DIM};
+    float x[HEADS * MOST * DIM];
+    uint16_t half[HEADS * MOST * DIM];
+    struct kept_rows heads[HEADS];
+
+    (void)state;
+    for (long n = 0; n < 3; n++) {
+        struct packer p = {0};
+        long left = n;
+        int rc;
+
+        make_rows(KV_BF16, 7, MOST, x, half, heads);
+        mem_set_hook(test_fail_nth, &left);
+        rc = packer_layer(&p, &g, KV_INT8, heads, NULL);
+        mem_set_hook(NULL, NULL);
+        assert_int_equal(rc, n < 2 ? LARDER_ENOMEM : 0);
+        packer_done(&p);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(fused_attention_equals_the_expanded_one),
+        cmocka_unit_test(a_layer_becomes_the_tiles_of_its_rows),
+        cmocka_unit_test(what_has_no_code_is_an_error),
+        cmocka_unit_test(packing_without_memory_fails_cleanly),
+    };
+
+    return cmocka_run_group_tests_name("prefill_packed", tests, NULL, NULL);
+}
