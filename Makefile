@@ -82,11 +82,15 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden bench demo install clean lint format
+.PHONY: all check check-unit check-e2e check-golden eval-public eval-long bench demo install clean \
+    lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 all: $(PROGRAMS) $(CLIENT_LIBS)
+
+# A text that is part of the program (.incbin) is not seen by -MMD.
+$(B)/prefill/calibration.o: $(wildcard prefill/calibration/*.txt)
 
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
@@ -116,8 +120,10 @@ $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
 
 # liblarder: the client library with the parts of ipc and base it needs. Decoders
-# link this, so it exports larder_* only and pulls in no library but jansson.
-client_parts := $(call obj,$(SRC_client) $(SRC_ipc) $(filter-out base/sha256.c,$(SRC_base)))
+# link this, so it exports larder_* only and pulls in no library but jansson: what needs
+# libcrypto stays out.
+hashing := base/sha256.c base/profile_id.c ipc/profile.c
+client_parts := $(call obj,$(filter-out $(hashing),$(SRC_client) $(SRC_ipc) $(SRC_base)))
 SOVERSION := 0
 $(B)/liblarder.so: $(client_parts) client/liblarder.map
 	@$(call say,LD,$@)
@@ -157,7 +163,7 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $$(foreach d,$$(needs_$$(firstword $$(
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)
-	tests/run.sh $(B) lint unit e2e golden
+	tests/run.sh $(B) lint unit eval e2e golden
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
@@ -168,6 +174,21 @@ check-e2e: all
 # Every recorded run on both backends (make check runs a covering subset).
 check-golden: all
 	tests/run.sh $(B) golden-all
+
+# Do pruned caches still answer? Tasks and the model are not part of the tree; what is not there
+# is named and skipped. Results are kept in $(B)/eval and a second run goes on from them.
+#   make eval-public POLICIES="snapkv,rows=25% asl,rows=25%" EVAL_FLAGS="--limit 5"
+POLICIES ?= asl,rows=25% snapkv,rows=25%
+EVAL_TASKS ?= ../shared/tasks
+EVAL_FLAGS ?=
+evaluate = $(PYTHON) tests/eval/public.py --build $(B) --tasks $(EVAL_TASKS)/$1.jsonl \
+    $(foreach p,$(POLICIES),--policy '$p') --markdown $(B)/eval/$1.md --csv $(B)/eval/$1.csv $(EVAL_FLAGS) || [ $$? -eq 77 ]
+
+eval-public: all
+	$(call evaluate,public_tasks)
+
+eval-long: all
+	$(call evaluate,long_tasks_public)
 
 lint:
 	tests/run.sh $(B) lint

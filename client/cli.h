@@ -47,6 +47,8 @@ enum cli_opt {
     OPT_DTYPE,
     OPT_BACKEND,
     OPT_THREADS,
+    OPT_NO_BUILTIN,
+    OPT_EXPORT,
     N_OPTS
 };
 
@@ -61,7 +63,7 @@ struct cli {
 typedef int cli_command(struct cli *c, struct larder_err *e);
 
 cli_command cli_put, cli_ls, cli_show, cli_rm, cli_pin, cli_ask, cli_trace, cli_status, cli_verify,
-    cli_explain, cli_jobs, cli_cancel, cli_models;
+    cli_explain, cli_jobs, cli_cancel, cli_models, cli_calibrate, cli_show_model;
 
 /* c->conn, connected on first use. */
 int cli_connect(struct cli *c, struct larder_err *e);
@@ -83,6 +85,15 @@ void cli_print_error(const char *context, const struct larder_err *e);
  * is configured. *ret_model (may be NULL) is its object from STATUS, NULL for a path. */
 int cli_model_path(struct cli *c, const char *model, char **ret_path, json_t **ret_model,
                    struct larder_err *e);
+
+/* ---- cli_model.c */
+
+/* PROFILE: store `text` (NULL: ask only) for a configured model; *ret is the daemon's answer. */
+int cli_profile(struct cli *c, const char *model, const char *text, json_t **ret,
+                struct larder_err *e);
+
+/* A profile as it is stored. */
+char *cli_profile_text(const json_t *profile);
 
 /* ---- cli_output.c */
 

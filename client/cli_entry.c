@@ -147,11 +147,26 @@ static void show_source(const struct cli *c, const json_t *en)
     cli_pair(c, "rows kept", rows_text(json_object_get(en, "rows"), cli_num(en, "rows_total")));
 }
 
+static double real(const json_t *o, const char *key)
+{
+    return json_number_value(json_object_get(o, key));
+}
+
+/* What the kept rows lose on questions made from the document itself. */
+static void show_certificate(const struct cli *c, const json_t *cert)
+{
+    if (!json_is_object(cert))
+        return;
+    cli_pair(c, "certificate",
+             cli_text("%.0f recall probes: %.1f %% same next token as the full cache, KL %.4f",
+                      real(cert, "probes"), 100 * real(cert, "agreement"), real(cert, "kl")));
+    cli_pair(c, "worst probe",
+             cli_text("KL %.4f, at token %.0f", real(cert, "worst_kl"), real(cert, "worst_at")));
+}
+
 static void show_sizes(const struct cli *c, const json_t *en)
 {
-    const json_t *cert = json_object_get(en, "certificate");
     uint64_t full = cli_num(en, "full_bytes");
-    char *text;
 
     cli_pair(c, "full cache", cli_size(c, full));
     cli_pair(c, "image", cli_share(c, cli_num(en, "image_bytes"), full));
@@ -164,10 +179,7 @@ static void show_sizes(const struct cli *c, const json_t *en)
     cli_pair(c, "pinned", cli_text("%s", cli_true(en, "pinned") ? "yes" : "no"));
     if (cli_true(en, "damaged"))
         cli_pair(c, "DAMAGED", cli_text("yes: it is not served; put the document again"));
-    text = json_is_object(cert) ? json_dumps(cert, JSON_COMPACT) : NULL;
-    if (text)
-        cli_pair(c, "certificate", cli_text("%s", text));
-    mem_free(text);
+    show_certificate(c, json_object_get(en, "certificate"));
 }
 
 /* The document itself, unchanged: for a file or a pipe. */

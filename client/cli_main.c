@@ -43,6 +43,8 @@ static const struct option_row options[N_OPTS] = {
     [OPT_DTYPE] = {"dtype", "TYPE", "auto, bf16 or f32"},
     [OPT_BACKEND] = {"backend", "NAME", "ref or cpu"},
     [OPT_THREADS] = {"threads", "N", "threads; default: one per processor"},
+    [OPT_NO_BUILTIN] = {"no-builtin", NULL, "measure on the given texts alone"},
+    [OPT_EXPORT] = {"export", "FILE", "write the profile to a file ('-': standard output)"},
 };
 
 #define MAX_COMMAND_OPTS 12
@@ -85,6 +87,10 @@ static const struct command_row commands[] = {
     {"jobs", "", "List queued, running and recent jobs.", cli_jobs, 0, 0, {NONE}},
     {"cancel", "JOB...", "Cancel jobs.", cli_cancel, 1, -1, {NONE}},
     {"models", "", "List the configured models.", cli_models, 0, 0, {NONE}},
+    {"calibrate", "MODEL [TEXT...]", "Measure what a model's heads need, for policies that ask.",
+     cli_calibrate, 1, -1, {OPT_NO_BUILTIN, OPT_TEMPLATE, OPT_THREADS, NONE}},
+    {"show-model", "MODEL", "Describe a model and its profile.", cli_show_model, 1, 1,
+     {OPT_EXPORT, NONE}},
 };
 /* clang-format on */
 #define N_COMMANDS (sizeof commands / sizeof *commands)

@@ -71,6 +71,8 @@ static const struct key model_keys[] = {
     {"policy", STRING, MODEL(policy), 0, 0, "asl", "pruning policy where a client names none"},
     {"template", STRING, MODEL(template), 0, 0, "auto",
      "chat template; auto: as the model file says"},
+    {"calibrate", FLAG, MODEL(calibrate), 0, 1, "yes",
+     "measure the model when a policy first needs its profile; no: only larder calibrate does"},
 };
 
 #define N(table) (sizeof table / sizeof table[0])

@@ -21,6 +21,7 @@
 struct config_model {
     char *name, *path, *backend, *dtype, *policy, *template;
     uint64_t threads; /* 0: one per processor */
+    bool calibrate;   /* on its own, when a policy asks for it */
 };
 
 struct config_namespace {

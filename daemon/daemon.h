@@ -21,6 +21,7 @@
 #include "geom.h"
 #include "layer_file.h"
 #include "log.h"
+#include "profile_id.h"
 #include "store.h"
 #include "task.h"
 
@@ -46,6 +47,10 @@ struct model {
     struct worker *worker; /* running or starting; NULL: none */
     bool refused;          /* its worker failed to start: see `why` */
     struct larder_err why;
+    char *profile;          /* its calibration as JSON; NULL: none */
+    uint8_t profile_fp[32]; /* of the bytes that it belongs to */
+    char profile_id[PROFILE_ID_LEN + 1];
+    bool profile_sent; /* `worker` has it */
 };
 
 struct daemon {
@@ -151,6 +156,7 @@ struct job {
     uint8_t doc_digest[32];
     void *doc; /* NULL until needed after a restart */
     uint64_t doc_len;
+    char profile[PROFILE_ID_LEN + 1]; /* the model's when the job was started; "": none */
     uint32_t tries;
     char pass[24];
     uint32_t layer, n_layers, n_ctx;
@@ -186,6 +192,17 @@ void job_forget_request(struct daemon *d, struct request *r);
 void job_already_stored(struct job *j);
 void job_source_digest(const struct job *j, const struct model *m, uint8_t ret[32]);
 json_t *jobs_status(const struct daemon *d);
+
+/* ---- profiles.c: calibrations of models */
+void handle_profile(struct request *r);
+void profiles_free(struct daemon *d);
+/* The part of a canonical policy that names a profile, ",profile=..."; NULL: none. */
+const char *policy_profile(const char *policy, size_t *ret_len);
+/* The policy without it. */
+void policy_any_profile(const char *policy, char *out, size_t cap);
+/* Is an entry of policy `have` what `want` asks for? If that names no profile, any will do, or,
+ * where at_hand is not "", that one. */
+bool policy_serves(const char *want, const char *have, const char *at_hand);
 
 /* ---- workers.c: prefill processes */
 int workers_probe(struct daemon *d, struct larder_err *e);

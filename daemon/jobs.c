@@ -491,6 +491,8 @@ void job_source_digest(const struct job *j, const struct model *m, uint8_t ret[3
     digest_field(h, j->policy, strlen(j->policy));
     digest_field(h, &j->tokens, sizeof j->tokens);
     digest_field(h, j->doc_digest, 32);
+    if (*j->profile) /* the same words mean something else with another one */
+        digest_field(h, j->profile, PROFILE_ID_LEN);
     sha256_get(h, ret);
     sha256_free(h);
 }
@@ -505,6 +507,7 @@ static bool recognise(struct job *j)
 
     if (!m || !m->known)
         return false;
+    memcpy(j->profile, m->profile_id, sizeof j->profile);
     job_source_digest(j, m, digest);
     if (store_find_source(j->d->store, digest, j->key, NULL) ||
         store_entry_open(j->d->store, j->key, &en, NULL))

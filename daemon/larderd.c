@@ -284,6 +284,7 @@ static void stop(struct daemon *d)
         returns_drain(d->returns);
     images_free(d);
     jobs_free(d);
+    profiles_free(d);
     for (int i = 0; i < n_events; i++)
         event_free(events[i]);
     returns_free(d->returns);

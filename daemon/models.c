@@ -175,5 +175,6 @@ int model_hello(struct worker *w, const json_t *hello, const json_t *o, struct l
     fresh.worker = w;
     *m = fresh;
     remember_model(w->d, m);
+    profile_recall(w->d, m);
     return 0;
 }

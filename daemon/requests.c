@@ -178,6 +178,7 @@ static json_t *model_object(const struct model *m)
     set(j, "dtype", json_string(*m->dtype ? m->dtype : m->conf->dtype));
     set(j, "fingerprint", m->known ? json_string(hex) : json_null());
     set(j, "n_positions", json_integer(m->n_positions));
+    set(j, "profile", *m->profile_id ? json_string(m->profile_id) : json_null());
     set(j, "worker", json_string(m->worker ? "running" : "stopped"));
     return j;
 }
@@ -592,6 +593,7 @@ static const struct {
     {FRAME_VERIFY, handle_verify, FIELDS(REF)},
     {FRAME_EXPLAIN, handle_explain,
      FIELDS(REF, "source", "bytes", "model", "policy", "template", "namespace")},
+    {FRAME_PROFILE, handle_profile, FIELDS("model", "bytes")},
 };
 
 void request_dispatch(struct request *r)

@@ -248,7 +248,8 @@ void entry_writer_commit(struct entry_writer *w, const json_t *done, int fd)
     w->info.prefill_ms = (uint64_t)json_integer_value(json_object_get(done, "prefill_ms"));
     s->kind = STEP_COMMIT;
     s->fd = fd;
-    extra = json_pack("{sO}", "rank_variance", json_object_get(done, "rank_variance"));
+    extra = json_pack("{sO sO}", "rank_variance", json_object_get(done, "rank_variance"),
+                      "certificate", json_object_get(done, "certificate"));
     s->extra = extra ? json_dumps(extra, JSON_COMPACT) : NULL;
     json_decref(extra);
     if (!s->extra) {

@@ -41,6 +41,8 @@ void worker_readable(evutil_socket_t sock, short what, void *arg);
 /* It said nothing in time. */
 void worker_overdue(evutil_socket_t sock, short what, void *arg);
 void worker_set_timer(struct worker *w, uint64_t seconds);
+/* Takes `body`; NULL means that it could not be built. fd stays the caller's. */
+int worker_send(struct worker *w, enum frame_type type, json_t *body, int fd, struct larder_err *e);
 /* Take its job away; what of the entry is written so far goes. NULL: it had none. */
 struct job *worker_release_job(struct worker *w);
 
@@ -55,5 +57,13 @@ void worker_end(struct worker *w, const char *why);
 /* Take over what W_HELLO says of one model. */
 int model_hello(struct worker *w, const json_t *hello, const json_t *o, struct larder_err *e);
 bool model_same_file(const struct model *m);
+
+/* profiles.c */
+/* What the settings have for a model whose fingerprint is known now. */
+void profile_recall(struct daemon *d, struct model *m);
+/* W_PROFILE to an idle worker, unless it has this one. */
+int profile_tell(struct worker *w, struct model *m, struct larder_err *e);
+/* The worker has calibrated the model of its job. */
+int profile_from_worker(struct worker *w, const json_t *body, int fd, struct larder_err *e);
 
 #endif

@@ -26,8 +26,7 @@ void worker_set_timer(struct worker *w, uint64_t seconds)
     evtimer_add(w->timer, &t);
 }
 
-static int send_frame(struct worker *w, enum frame_type type, json_t *body, int fd,
-                      struct larder_err *e)
+int worker_send(struct worker *w, enum frame_type type, json_t *body, int fd, struct larder_err *e)
 {
     void *packet = NULL;
     size_t len;
@@ -82,25 +81,33 @@ static int on_hello(struct worker *w, const json_t *body, struct larder_err *e)
                  w->starting->backend, w->starting->dtype, w->starting->isa);
     w->starting = NULL;
     go_idle(w);
+    for (uint32_t i = 0; !rc && i < w->d->n_models; i++)
+        if (w->d->model[i].worker == w)
+            rc = profile_tell(w, &w->d->model[i], e);
     jobs_start(w->d);
-    return 0;
+    return rc;
 }
 
 /* ---- one job */
 
 static int start_job(struct worker *w, struct job *j, struct larder_err *e)
 {
-    json_t *body = json_pack("{sI ss ss ss sI ss*}", "job", (json_int_t)j->id, "model", j->model,
-                             "policy", j->policy, "source", j->tokens ? "tokens" : "text", "bytes",
-                             (json_int_t)j->doc_len, "template", j->template);
-    int fd = -1, rc = memfile_from("larder-document", j->doc, j->doc_len, &fd, e);
+    struct model *m = model_for(w->d, j->model, e);
+    json_t *body =
+        json_pack("{sI ss ss ss sI ss* sb}", "job", (json_int_t)j->id, "model", j->model, "policy",
+                  j->policy, "source", j->tokens ? "tokens" : "text", "bytes",
+                  (json_int_t)j->doc_len, "template", j->template, "calibrate", m->conf->calibrate);
+    int fd = -1, rc = profile_tell(w, m, e);
 
+    if (!rc)
+        rc = memfile_from("larder-document", j->doc, j->doc_len, &fd, e);
     if (rc) {
         json_decref(body);
         return rc;
     }
     w->job = j;
-    w->model = model_for(w->d, j->model, e);
+    w->model = m;
+    memcpy(j->profile, m->profile_id, sizeof j->profile);
     j->worker = w;
     j->state = JOB_RUNNING;
     j->tries++;
@@ -108,7 +115,7 @@ static int start_job(struct worker *w, struct job *j, struct larder_err *e)
     j->layer = j->n_layers = 0;
     w->state = PREPARING;
     worker_set_timer(w, w->d->conf.worker_timeout_s);
-    rc = send_frame(w, FRAME_W_JOB, body, fd, e);
+    rc = worker_send(w, FRAME_W_JOB, body, fd, e);
     close(fd);
     return rc;
 }
@@ -131,10 +138,15 @@ static void remember_policy(struct job *j)
 {
     struct canonical c;
 
+    size_t n;
+
     if (!strcmp(j->policy, j->canonical) || strlen(j->canonical) >= sizeof c.value)
         return;
     snprintf(c.key, sizeof c.key, "policy/%s", j->policy);
-    strcpy(c.value, j->canonical);
+    if (policy_profile(j->policy, &n))
+        strcpy(c.value, j->canonical);
+    else /* models have profiles of their own */
+        policy_any_profile(j->canonical, c.value, sizeof c.value);
     write_quietly(j->d, canonical_run, &c, sizeof c, "policy");
 }
 
@@ -237,25 +249,22 @@ static int on_prepared(struct worker *w, const json_t *body, int fd, struct lard
         return rc;
     j->has_key = true;
     remember_policy(j);
-    if (j->cancel || is_stored(w->d, j->key)) {
-        rc = send_frame(w, FRAME_W_SKIP, job_body(w), -1, e);
+    if (is_stored(w->d, j->key)) {
+        rc = worker_send(w, FRAME_W_SKIP, job_body(w), -1, e);
         j->worker = NULL;
         go_idle(w);
-        if (j->cancel) {
-            job_end(j, JOB_CANCELED, NULL);
-        } else {
-            j->stored_already = true;
-            job_already_stored(j);
-        }
+        j->stored_already = true;
+        job_already_stored(j);
         jobs_start(w->d);
         return rc;
     }
     rc = entry_writer_begin(j, w->model, &w->writer, e);
     if (!rc)
-        rc = send_frame(w, FRAME_W_GO, job_body(w), -1, e);
+        rc = worker_send(w, FRAME_W_GO, job_body(w), -1, e);
     w->state = COMPUTING;
     w->next_layer = 0;
     snprintf(j->pass, sizeof j->pass, "prefill");
+    j->layer = j->n_layers = 0; /* a calibration counted others */
     return rc;
 }
 
@@ -335,6 +344,24 @@ static int on_layer(struct worker *w, const json_t *body, int *fd, struct larder
     return 0;
 }
 
+/* Null, or what json_certificate() in the worker writes: finite numbers, never negative. */
+static bool is_certificate(const json_t *c)
+{
+    static const char *const field[] = {"probes",    "tokens",   "kl",
+                                        "agreement", "worst_kl", "worst_at"};
+    const size_t n = sizeof field / sizeof field[0];
+
+    if (json_is_null(c))
+        return true;
+    for (size_t i = 0; i < n; i++) {
+        const json_t *v = json_object_get(c, field[i]);
+
+        if (!json_is_number(v) || !(json_number_value(v) >= 0 && json_number_value(v) < 1e15))
+            return false;
+    }
+    return json_object_size(c) == n;
+}
+
 static int on_done(struct worker *w, const json_t *body, int *fd, struct larder_err *e)
 {
     const json_t *sel = json_object_get(body, "sel_layer"), *trace = NULL;
@@ -349,6 +376,8 @@ static int on_done(struct worker *w, const json_t *body, int *fd, struct larder_
         rc = field_u64(body, "prefill_ms", FIELD_REQUIRED, UINT64_MAX >> 11, &ms, e);
     if (!rc)
         rc = field_array(body, "rank_variance", FIELD_REQUIRED, KV_MAX_LAYERS, &trace, e);
+    if (!rc && !is_certificate(json_object_get(body, "certificate")))
+        rc = larder_fail(e, LARDER_EPROTO, "W_DONE with a certificate that is none");
     if (!rc && (*fd < 0 || w->next_layer != w->model->geom.n_layers ||
                 !(json_is_null(sel) || (json_is_integer(sel) && json_integer_value(sel) >= 0 &&
                                         json_integer_value(sel) < w->model->geom.n_layers))))
@@ -392,7 +421,7 @@ static void give_up(struct worker *w, const struct larder_err *why)
     entry_writer_abort(w->writer);
     w->writer = NULL;
     w->state = DRAINING;
-    if (send_frame(w, FRAME_W_CANCEL, job_body(w), -1, NULL))
+    if (worker_send(w, FRAME_W_CANCEL, job_body(w), -1, NULL))
         worker_end(w, "it cannot be reached");
 }
 
@@ -423,12 +452,12 @@ void worker_committed(struct worker *w, const uint8_t key[32], const struct lard
 
 void worker_cancel(struct worker *w)
 {
-    if (w->state != COMPUTING)
-        return; /* while preparing, the cancel is seen at W_PREPARED; a commit is not stopped */
+    if (w->state != COMPUTING && w->state != PREPARING)
+        return; /* a commit is not stopped */
     entry_writer_abort(w->writer);
     w->writer = NULL;
     w->state = DRAINING;
-    if (send_frame(w, FRAME_W_CANCEL, job_body(w), -1, NULL))
+    if (worker_send(w, FRAME_W_CANCEL, job_body(w), -1, NULL))
         worker_end(w, "it cannot be reached");
 }
 
@@ -452,12 +481,14 @@ static int on_frame(struct worker *w, const struct frame *f, int *fd, struct lar
 
     if (f->type == FRAME_W_HELLO && w->state == STARTING)
         return on_hello(w, f->body, e);
+    if (f->type == FRAME_W_PROFILE && (w->state == PREPARING || draining))
+        return profile_from_worker(w, f->body, *fd, e);
     rc = check_job(w, f->body, e);
     if (rc)
         return rc;
     if (f->type == FRAME_W_PREPARED && w->state == PREPARING)
         return on_prepared(w, f->body, *fd, e);
-    if (f->type == FRAME_W_PROGRESS && (computing || draining))
+    if (f->type == FRAME_W_PROGRESS && (computing || draining || w->state == PREPARING))
         return on_progress(w, f->body, e);
     if (f->type == FRAME_W_FAIL && (computing || draining || w->state == PREPARING))
         return on_fail(w, f->body, e);
@@ -465,7 +496,7 @@ static int on_frame(struct worker *w, const struct frame *f, int *fd, struct lar
         return on_layer(w, f->body, fd, e);
     if (f->type == FRAME_W_DONE && computing)
         return on_done(w, f->body, fd, e);
-    if (draining && f->type == FRAME_W_LAYER)
+    if (draining && (f->type == FRAME_W_LAYER || f->type == FRAME_W_PREPARED))
         return 0; /* was on its way when it was canceled */
     if (draining && f->type == FRAME_W_DONE) {
         struct larder_err none = {LARDER_ECANCELED, "canceled"};

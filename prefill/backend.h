@@ -59,6 +59,8 @@ struct resume {
     void *o;                      /* [n_new][n_heads * head_dim] */
 };
 
+typedef void backend_item_fn(void *arg, uint32_t item, uint32_t worker);
+
 struct backend_ops {
     const char *name;
 
@@ -97,6 +99,10 @@ struct backend_ops {
                   float *out, struct larder_err *e);
     int (*head_load)(struct backend *b, struct head **ret, struct larder_err *e);
     void (*head_free)(struct backend *b, struct head *h);
+
+    /* fn(arg, item, worker) for each item below n on the backend's threads, worker < n_threads:
+     * for work of the engine that is not a backend's (replay scores, matching). */
+    void (*parallel)(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg);
 };
 
 /* What every backend starts with, so that callers can ask. */

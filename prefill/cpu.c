@@ -678,6 +678,11 @@ static int cpu_open(struct backend **ret, const struct model *m, const struct ba
     return 0;
 }
 
+static void cpu_parallel(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg)
+{
+    pool_for(cpu_of(b)->pool, n, fn, arg);
+}
+
 const struct backend_ops backend_cpu = {
     .name = "cpu",
     .open = cpu_open,
@@ -692,4 +697,5 @@ const struct backend_ops backend_cpu = {
     .logits = cpu_logits,
     .head_load = cpu_head_load,
     .head_free = cpu_head_free,
+    .parallel = cpu_parallel,
 };

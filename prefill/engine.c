@@ -1,28 +1,26 @@
 /* engine.c - layer-major prefill: which rows go through which layer, and which stay.
  *
  * The one idea: a pass is a list of rows (their hidden states, their positions) that
- * goes through the layers one at a time; after a layer the list may shrink, once.
- * Rows leave for the sink before that, from the complete K and V of the layer, so
- * pruning the cache never changes the prefill itself. Two-pass policies run a
- * scoring pass first and then an ordinary pass over the chosen tokens. */
+ * goes through the layers one at a time; after a layer the list may shrink. Rows leave
+ * for the sink before that, from the complete K and V of the layer, so pruning the
+ * cache never changes the prefill itself. The three axes of a policy are asked in turn:
+ * observe.h for scores, cut.h for what goes on, keep.h for what stays. Two-pass policies
+ * run a scoring pass first and then an ordinary pass over the chosen tokens. */
 #include "engine.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 #include <time.h>
 
-#include "half.h"
+#include "hold.h"
+#include "keep.h"
 #include "mem.h"
+#include "observe.h"
+#include "offline.h"
 #include "pack.h"
+#include "probe.h"
 #include "select.h"
-
-/* Per-layer scores of the rankable rows. */
-struct scores {
-    float *mass;     /* [n_heads][m] */
-    double *head;    /* [n_kv_heads][m] */
-    double *token;   /* [m] */
-    uint32_t *order; /* [m] */
-};
 
 struct run {
     struct backend *b;
@@ -30,28 +28,23 @@ struct run {
     const struct policy *policy;
     const struct engine_sink *sink; /* NULL: rows are not collected */
     const char *pass;
-    uint32_t n0;           /* rows at the start */
-    uint32_t n;            /* rows now */
-    uint32_t m;            /* of these, rankable (before the window) */
+    uint32_t n0;           /* document rows at the start */
+    uint32_t n;            /* document rows now */
+    uint32_t n_probe;      /* rows after them that only ask */
     uint32_t stride;       /* row capacity per head */
     uint32_t rows, select; /* the budgets in rows */
     float *hidden;
     uint32_t *pos;      /* rotation positions */
     uint32_t *original; /* positions in the document */
     void *q, *k, *v, *o;
-    struct scores s;
-    uint32_t **rank; /* ring of l_obs rank vectors, ASL only */
-    double first_variance;
-    uint32_t *keep;          /* [n_kv_heads][rows] */
-    void *keep_k, *keep_v;   /* gathered rows of one layer */
-    uint32_t *keep_pos;      /* [n_kv_heads][rows] */
-    struct kept_rows *heads; /* [n_kv_heads] */
-    enum kv_dtype precision; /* of the rows that the sink gets */
+    double *score, *worth; /* [n_kv_heads][n] of the layer at hand */
+    struct cut cut;
+    struct keep keep;
     struct packer packer;
-    struct variance_point *trace;
-    uint32_t n_trace;
+    enum kv_dtype precision; /* of the rows that the sink gets, in every pass */
+    struct hold hold;
     int32_t sel_layer;
-    bool chose; /* s.order is the choice of a scoring pass */
+    bool chose; /* the order of the cut is the choice of a scoring pass */
     double load_ms;
 };
 
@@ -68,6 +61,11 @@ static int no_memory(struct larder_err *e, uint32_t n)
     return larder_fail(e, LARDER_ENOMEM, "no memory to prefill %u tokens", n);
 }
 
+static bool collects(const struct run *r)
+{
+    return r->sink && r->sink->layer;
+}
+
 /* ---- buffers */
 
 static void run_done(struct run *r)
@@ -79,276 +77,142 @@ static void run_done(struct run *r)
     mem_free(r->k);
     mem_free(r->v);
     mem_free(r->o);
-    mem_free(r->s.mass);
-    mem_free(r->s.head);
-    mem_free(r->s.token);
-    mem_free(r->s.order);
-    for (uint32_t i = 0; r->rank && i < r->policy->l_obs; i++)
-        mem_free(r->rank[i]);
-    mem_free(r->rank);
-    mem_free(r->keep);
-    mem_free(r->keep_k);
-    mem_free(r->keep_v);
-    mem_free(r->keep_pos);
-    mem_free(r->heads);
+    mem_free(r->score);
+    mem_free(r->worth);
+    cut_done(&r->cut);
     packer_done(&r->packer);
-    mem_free(r->trace);
+    keep_done(&r->keep);
+    hold_done(&r->hold);
 }
 
 static bool alloc_rows(struct run *r)
 {
     const struct kv_geom *g = &r->p->geom;
     uint64_t elem = (uint64_t)kv_dtype_bytes(r->b->elem) * g->head_dim;
-    uint64_t per_head = (uint64_t)r->stride * elem;
+    uint64_t per_head = (uint64_t)r->stride * elem, n = r->n0 + r->n_probe;
+    uint64_t scores = r->policy->obs == OBS_NONE ? 0 : (uint64_t)g->n_kv_heads * r->n0;
 
-    r->hidden = mem_aligned((uint64_t)r->n0 * r->p->n_hidden, sizeof *r->hidden);
-    r->pos = mem_alloc(r->n0, sizeof *r->pos);
+    r->hidden = mem_aligned(n * r->p->n_hidden, sizeof *r->hidden);
+    r->pos = mem_alloc(n, sizeof *r->pos);
     r->original = mem_alloc(r->n0, sizeof *r->original);
     r->q = mem_aligned(g->n_heads, per_head);
     r->k = mem_aligned(g->n_kv_heads, per_head);
     r->v = mem_aligned(g->n_kv_heads, per_head);
     r->o = mem_aligned(g->n_heads, per_head);
-    r->heads = mem_zalloc(g->n_kv_heads, sizeof *r->heads);
-    return r->hidden && r->pos && r->original && r->q && r->k && r->v && r->o && r->heads;
+    r->score = mem_alloc(scores, sizeof *r->score);
+    r->worth = mem_alloc(r->policy->critical ? scores : 0, sizeof *r->worth);
+    return r->hidden && r->pos && r->original && r->q && r->k && r->v && r->o && r->score &&
+           r->worth;
 }
 
-static bool alloc_scores(struct run *r)
+static int embed_row(struct run *r, uint32_t id, uint32_t row, struct larder_err *e)
 {
-    const struct kv_geom *g = &r->p->geom;
-    uint32_t m = r->m;
-
-    r->s.mass = mem_alloc((uint64_t)g->n_heads * m, sizeof *r->s.mass);
-    r->s.head = mem_alloc((uint64_t)g->n_kv_heads * m, sizeof *r->s.head);
-    r->s.token = mem_alloc(m, sizeof *r->s.token);
-    r->s.order = mem_alloc(m, sizeof *r->s.order);
-    r->trace = mem_alloc(g->n_layers, sizeof *r->trace);
-    return r->s.mass && r->s.head && r->s.token && r->s.order && r->trace;
+    r->pos[row] = row;
+    return model_read_f32(r->b->model, 0, MODEL_EMBED, id, 1,
+                          r->hidden + (uint64_t)row * r->p->n_hidden, e);
 }
 
-static bool alloc_ranks(struct run *r)
-{
-    if (!policy_is_adaptive(r->policy) || !r->m)
-        return true;
-    r->rank = mem_zalloc(r->policy->l_obs, sizeof *r->rank);
-    for (uint32_t i = 0; r->rank && i < r->policy->l_obs; i++) {
-        r->rank[i] = mem_alloc(r->m, sizeof **r->rank);
-        if (!r->rank[i])
-            return false;
-    }
-    return r->rank;
-}
-
-static bool alloc_keep(struct run *r)
-{
-    const struct kv_geom *g = &r->p->geom;
-    uint64_t n = (uint64_t)g->n_kv_heads * r->rows;
-    uint64_t bytes = (uint64_t)kv_dtype_bytes(r->b->elem) * g->head_dim;
-
-    if (!r->sink || !r->sink->layer || r->rows >= r->n0)
-        return true;
-    r->keep = mem_alloc(n, sizeof *r->keep);
-    r->keep_pos = mem_alloc(n, sizeof *r->keep_pos);
-    r->keep_k = mem_aligned(n, bytes);
-    r->keep_v = mem_aligned(n, bytes);
-    return r->keep && r->keep_pos && r->keep_k && r->keep_v;
-}
-
-/* Hidden states of ids[], which sit at rotation positions 0.. . */
-static int embed(struct run *r, const uint32_t *ids, const uint32_t *original, struct larder_err *e)
+/* Hidden states of ids[], which sit at rotation positions 0.., and of the probe after them. */
+static int embed(struct run *r, const uint32_t *ids, const uint32_t *original,
+                 const uint32_t *probe, struct larder_err *e)
 {
     int rc = 0;
 
     for (uint32_t i = 0; i < r->n0 && !rc; i++) {
-        r->pos[i] = i;
         r->original[i] = original ? original[i] : i;
-        rc = model_read_f32(r->b->model, 0, MODEL_EMBED, ids[i], 1,
-                            r->hidden + (uint64_t)i * r->p->n_hidden, e);
+        rc = embed_row(r, ids[i], i, e);
     }
+    for (uint32_t i = 0; i < r->n_probe && !rc; i++)
+        rc = embed_row(r, probe[i], r->n0 + i, e);
     return rc;
 }
 
-/* n rows; `m` of them can be dropped, which needs scores. */
-static int run_init(struct run *r, uint32_t n, uint32_t m, struct larder_err *e)
+static int read_probe(struct run *r, uint32_t n, uint32_t **ret, struct larder_err *e)
 {
-    r->n0 = r->n = n;
-    r->m = m;
-    r->stride = (n + 15) / 16 * 16;
-    r->sel_layer = -1;
-    if (!alloc_rows(r) || !alloc_scores(r) || !alloc_ranks(r) || !alloc_keep(r))
-        return no_memory(e, n);
-    return 0;
-}
-
-/* ---- scores of one layer */
-
-static int score_heads(struct run *r, struct larder_err *e)
-{
-    const struct kv_geom *g = &r->p->geom;
-    const struct policy *p = r->policy;
-    int rc = r->b->ops->window(r->b, r->q, r->k, r->n, r->stride, p->n_obs, r->s.mass, e);
-
-    if (rc)
-        return rc;
-    return select_head_scores(r->s.mass, g->n_heads, g->n_kv_heads, r->m, p->pool_kernel, p->pool,
-                              r->s.head, e);
-}
-
-static int order_tokens(struct run *r, struct larder_err *e)
-{
-    select_token_scores(r->s.head, r->p->geom.n_kv_heads, r->m, r->s.token);
-    return select_order(r->s.token, r->m, r->s.order, e);
-}
-
-/* Tokens of the prefix that a cut passes on. */
-static uint32_t n_chosen(const struct run *r)
-{
-    uint32_t n = r->select < r->n ? r->select : r->n;
-
-    return n - (r->n - r->m);
-}
-
-/* One step of the adaptive choice; *ret_cut when this layer is the selection layer. */
-static int test_layer(struct run *r, uint32_t layer, bool *ret_cut, struct larder_err *e)
-{
-    const struct policy *p = r->policy;
-    struct variance_point v = {.layer = layer, .ratio = 1};
+    size_t n_probe = 0;
     int rc;
 
-    rc = order_tokens(r, e);
-    if (rc)
-        return rc;
-    select_rank(r->s.order, r->m, r->rank[layer % p->l_obs]);
-    if (layer < p->l_min)
+    if (r->policy->obs != OBS_PROBE)
         return 0;
-    v.value = select_variance((const uint32_t *const *)r->rank, p->l_obs, r->m, n_chosen(r), NULL);
-    if (layer == p->l_min)
-        r->first_variance = v.value;
-    else
-        v.ratio = select_ratio(v.value, r->first_variance);
-    r->trace[r->n_trace++] = v;
-    *ret_cut = v.ratio < p->tau;
-    return 0;
+    rc = probe_ids(r->b->model, ret, &n_probe, e);
+    if (!rc && n + n_probe > r->p->n_positions)
+        rc = larder_fail(e, LARDER_ETOOLONG,
+                         "the document has %u tokens and obs=probe adds %zu, the model has only %u "
+                         "positions; split it",
+                         n, n_probe, r->p->n_positions);
+    r->n_probe = (uint32_t)n_probe;
+    return rc;
 }
 
-/* Does the choice of a cut look at this layer? Adaptive: the first comparison, at l_min,
- * looks back over l_obs layers. */
-static bool is_candidate(const struct run *r, uint32_t layer)
+/* The rows of ids[n], ready for the first layer. */
+static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
+                    struct larder_err *e)
 {
-    const struct policy *p = r->policy;
+    const struct kv_geom *g = &r->p->geom;
+    uint32_t *probe = NULL;
+    int rc = read_probe(r, n, &probe, e);
 
-    if (!r->m || r->sel_layer >= 0)
-        return false;
-    if (policy_is_adaptive(p))
-        return layer + p->l_obs > p->l_min;
-    return p->cut == CUT_FIXED && layer == p->layer;
-}
-
-/* Decide whether rows are cut after this candidate layer; s.order then ranks them. */
-static int choose_cut(struct run *r, uint32_t layer, bool *ret_cut, struct larder_err *e)
-{
-    if (policy_is_adaptive(r->policy))
-        return test_layer(r, layer, ret_cut, e);
-    *ret_cut = true;
-    return order_tokens(r, e);
+    r->n0 = r->n = n;
+    r->stride = (n + r->n_probe + 15) / 16 * 16;
+    r->sel_layer = -1;
+    if (!rc && !alloc_rows(r))
+        rc = no_memory(e, n);
+    if (!rc)
+        rc = cut_init(&r->cut, r->policy, g->n_kv_heads, g->n_layers, n, r->select, e);
+    if (!rc && collects(r))
+        rc = keep_init(&r->keep, r->policy, g, r->b->elem, n, r->rows, e);
+    if (!rc && collects(r) && keep_waits(&r->keep))
+        rc = hold_init(&r->hold, g, r->b->elem, e);
+    if (!rc)
+        rc = embed(r, ids, original, probe, e);
+    mem_free(probe);
+    return rc;
 }
 
 /* ---- rows for the sink */
 
-static void gather(struct run *r, const uint32_t *keep, uint32_t n_rows, uint32_t head)
+/* The only way out for rows. */
+static int deliver(struct run *r, uint32_t layer, struct kept_rows *heads, struct larder_err *e)
 {
-    uint64_t bytes = (uint64_t)kv_dtype_bytes(r->b->elem) * r->p->geom.head_dim;
-    const uint8_t *k = (const uint8_t *)r->k + (uint64_t)head * r->stride * bytes;
-    const uint8_t *v = (const uint8_t *)r->v + (uint64_t)head * r->stride * bytes;
-    uint8_t *to_k = (uint8_t *)r->keep_k + (uint64_t)head * r->rows * bytes;
-    uint8_t *to_v = (uint8_t *)r->keep_v + (uint64_t)head * r->rows * bytes;
-    uint32_t *to_pos = r->keep_pos + (uint64_t)head * r->rows;
+    int rc = packer_layer(&r->packer, &r->p->geom, r->precision, heads, e);
 
-    for (uint32_t i = 0; i < n_rows; i++) {
-        memcpy(to_k + i * bytes, k + keep[i] * bytes, bytes);
-        memcpy(to_v + i * bytes, v + keep[i] * bytes, bytes);
-        to_pos[i] = r->original[keep[i]];
-    }
-    r->heads[head] = (struct kept_rows){n_rows, to_pos, to_k, to_v, NULL, r->b->elem};
+    return rc ? rc : r->sink->layer(r->sink->arg, layer, heads, e);
 }
 
-/* The best rows of each KV head by its own scores, and the window. */
-static int keep_best(struct run *r, struct larder_err *e)
+static int emit(struct run *r, uint32_t layer, bool scored, struct larder_err *e)
 {
-    uint32_t w = r->n - r->m, k = r->rows - w;
-    uint32_t *order = mem_alloc(r->m, sizeof *order);
-    int rc = order ? 0 : no_memory(e, r->n);
+    struct layer_rows x = {layer,
+                           r->n,
+                           r->stride,
+                           r->original,
+                           r->k,
+                           r->v,
+                           scored ? r->score : NULL,
+                           scored && r->policy->critical ? r->worth : NULL};
+    int rc;
 
-    for (uint32_t g = 0; g < r->p->geom.n_kv_heads && !rc; g++) {
-        uint32_t *keep = r->keep + (uint64_t)g * r->rows;
-
-        rc = select_order(r->s.head + (uint64_t)g * r->m, r->m, order, e);
-        if (rc)
-            break;
-        select_top(order, k, keep);
-        for (uint32_t i = 0; i < w; i++)
-            keep[k + i] = r->m + i;
-        gather(r, keep, r->rows, g);
-    }
-    mem_free(order);
-    return rc;
-}
-
-static void keep_all(struct run *r)
-{
-    uint64_t head = (uint64_t)r->stride * r->p->geom.head_dim * kv_dtype_bytes(r->b->elem);
-
-    for (uint32_t g = 0; g < r->p->geom.n_kv_heads; g++)
-        r->heads[g] = (struct kept_rows){
-            r->n, r->original, (const uint8_t *)r->k + g * head, (const uint8_t *)r->v + g * head,
-            NULL, r->b->elem};
-}
-
-static int emit(struct run *r, uint32_t layer, struct larder_err *e)
-{
-    int rc = 0;
-
-    if (!r->sink || !r->sink->layer)
+    if (!collects(r))
         return 0;
-    if (r->n > r->rows)
-        rc = keep_best(r, e);
-    else
-        keep_all(r);
-    if (!rc)
-        rc = packer_layer(&r->packer, &r->p->geom, r->precision, r->heads, e);
-    return rc ? rc : r->sink->layer(r->sink->arg, layer, r->heads, e);
+    if (keep_waits(&r->keep))
+        return hold_add(&r->hold, &x, e);
+    rc = keep_layer(&r->keep, &x, e);
+    return rc ? rc : deliver(r, layer, r->keep.heads, e);
 }
 
-/* ---- the cut */
-
-/* The chosen prefix tokens and the window, ascending indices of the present rows. */
-static void chosen_rows(const struct run *r, uint32_t *rows)
+/* Rows of all layers, once all are there. */
+static int emit_held(struct run *r, struct larder_err *e)
 {
-    uint32_t k = n_chosen(r);
+    int rc;
 
-    select_top(r->s.order, k, rows);
-    for (uint32_t i = r->m; i < r->n; i++)
-        rows[k++] = i;
-}
-
-static int cut(struct run *r, uint32_t layer, struct larder_err *e)
-{
-    uint32_t n = n_chosen(r) + r->n - r->m;
-    uint32_t *rows = mem_alloc(n, sizeof *rows);
-
-    if (!rows)
-        return no_memory(e, r->n);
-    chosen_rows(r, rows);
-    for (uint32_t i = 0; i < n; i++) { /* rows[i] >= i: moving down in place */
-        memmove(r->hidden + (uint64_t)i * r->p->n_hidden,
-                r->hidden + (uint64_t)rows[i] * r->p->n_hidden, r->p->n_hidden * sizeof *r->hidden);
-        r->pos[i] = r->pos[rows[i]];
-        r->original[i] = r->original[rows[i]];
+    if (!collects(r) || !keep_waits(&r->keep))
+        return 0;
+    rc = keep_count_all(&r->keep, r->hold.layers, e);
+    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
+        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
+        if (!rc)
+            rc = deliver(r, l, r->keep.heads, e);
     }
-    mem_free(rows);
-    r->m -= r->n - n;
-    r->n = n;
-    r->sel_layer = (int32_t)layer;
-    return 0;
+    return rc;
 }
 
 /* ---- one layer */
@@ -375,7 +239,8 @@ static int load_layer(struct run *r, uint32_t layer, struct layer **ret, struct 
 
 static int project(struct run *r, const struct layer *l, struct larder_err *e)
 {
-    return r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n, r->stride, r->q, r->k, r->v, e);
+    return r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n + r->n_probe, r->stride, r->q, r->k,
+                          r->v, e);
 }
 
 /* Attention and MLP for rows row0 and up. */
@@ -383,98 +248,163 @@ static int advance(struct run *r, const struct layer *l, uint32_t row0, struct l
 {
     const struct kv_geom *g = &r->p->geom;
     uint64_t o_row = (uint64_t)g->n_heads * g->head_dim * kv_dtype_bytes(r->b->elem);
-    struct attend a = {r->q, r->k, r->v, r->n, row0, r->stride, r->o};
+    uint32_t n = r->n + r->n_probe;
+    struct attend a = {r->q, r->k, r->v, n, row0, r->stride, r->o};
     int rc = r->b->ops->attend(r->b, &a, e);
 
     if (rc)
         return rc;
     return r->b->ops->finish(r->b, l, r->hidden + (uint64_t)row0 * r->p->n_hidden,
-                             (const uint8_t *)r->o + row0 * o_row, r->n - row0, e);
+                             (const uint8_t *)r->o + row0 * o_row, n - row0, e);
+}
+
+static struct layer_view view(const struct run *r, uint32_t layer)
+{
+    return (struct layer_view){
+        .b = r->b,
+        .layer = layer,
+        .n = r->n,
+        .n_probe = r->n_probe,
+        .n_ctx = r->n0,
+        .stride = r->stride,
+        .pos = r->pos,
+        .hidden = r->hidden,
+        .q = r->q,
+        .k = r->k,
+        .v = r->v,
+    };
 }
 
 /* Scores, rows and the decision of one layer whose q, k and v are there. */
 static int observe(struct run *r, uint32_t layer, bool *ret_cut, struct larder_err *e)
 {
-    bool may_cut = is_candidate(r, layer);
+    struct layer_view x = view(r, layer);
+    bool may_cut = r->sel_layer < 0 && cut_is_candidate(&r->cut, layer);
+    bool scored = collects(r) && keep_needs_scores(&r->keep, r->n);
     int rc = 0;
 
-    if (may_cut || (r->keep && r->n > r->rows))
-        rc = score_heads(r, e);
+    if (may_cut || scored)
+        rc = observe_layer(&x, r->policy, r->score, e);
     if (!rc && may_cut)
-        rc = choose_cut(r, layer, ret_cut, e);
-    return rc ? rc : emit(r, layer, e);
+        rc = cut_look(&r->cut, layer, r->score, r->n, ret_cut, e);
+    if (!rc && scored && r->policy->critical)
+        rc = observe_worth(&x, r->worth, e);
+    return rc ? rc : emit(r, layer, scored, e);
+}
+
+/* ---- fewer rows for the layers above */
+
+/* Go on with rows[n] of the document, ascending, and with the probe. */
+static void shrink(struct run *r, const uint32_t *rows, uint32_t n)
+{
+    uint64_t row = r->p->n_hidden * sizeof *r->hidden;
+
+    for (uint32_t i = 0; i < n + r->n_probe; i++) { /* from >= i: moving down in place */
+        uint32_t from = i < n ? rows[i] : r->n + i - n;
+
+        memmove((uint8_t *)r->hidden + i * row, (uint8_t *)r->hidden + from * row, row);
+        r->pos[i] = r->pos[from];
+        if (i < n)
+            r->original[i] = r->original[from];
+    }
+    r->n = n;
+}
+
+static int cut_here(struct run *r, uint32_t layer, struct larder_err *e)
+{
+    uint32_t *rows = mem_alloc(r->n, sizeof *rows);
+
+    if (!rows)
+        return no_memory(e, r->n);
+    shrink(r, rows, cut_rows(&r->cut, r->n, rows));
+    mem_free(rows);
+    r->sel_layer = (int32_t)layer;
+    return 0;
+}
+
+/* The best `n_keep` of the first `n_context` rows - the policy's first ones are the best - and
+ * all rows after them. */
+static int decay_rows(struct run *r, double *score, uint32_t n_context, uint32_t n_keep,
+                      struct larder_err *e)
+{
+    uint32_t n_sink = r->policy->sink < n_context ? r->policy->sink : n_context;
+    uint32_t *order = mem_alloc(n_context, sizeof *order);
+    uint32_t *rows = mem_alloc(r->n, sizeof *rows);
+    int rc = order && rows ? 0 : no_memory(e, r->n);
+
+    for (uint32_t i = 0; i < n_sink; i++)
+        score[i] = DBL_MAX;
+    if (!rc)
+        rc = select_order(score, n_context, order, e);
+    if (!rc) {
+        select_top(order, n_keep, rows);
+        for (uint32_t i = n_context; i < r->n; i++)
+            rows[n_keep + i - n_context] = i;
+        shrink(r, rows, n_keep + r->n - n_context);
+    }
+    mem_free(order);
+    mem_free(rows);
+    return rc;
+}
+
+/* PyramidInfer: a few of the rows before the recent ones leave after each layer. */
+static int decay(struct run *r, uint32_t layer, struct larder_err *e)
+{
+    const struct policy *p = r->policy;
+    uint32_t n_recent = (uint32_t)(r->n0 * (p->recent / 100)) + 1;
+    uint32_t least =
+        r->n0 > n_recent && p->context > r->n0 - n_recent ? r->n0 - n_recent : p->context;
+    uint32_t n_context = r->n > n_recent ? r->n - n_recent : 0;
+    uint32_t n_keep = cut_decay_rows(p, layer, r->p->geom.n_layers, n_context, least);
+    struct layer_view x = view(r, layer);
+    double *score;
+    int rc;
+
+    if (n_keep == n_context)
+        return 0;
+    score = mem_alloc(n_context, sizeof *score);
+    rc = score ? observe_recent(&x, n_recent, p->weight, score, e) : no_memory(e, r->n);
+    if (!rc)
+        rc = decay_rows(r, score, n_context, n_keep, e);
+    mem_free(score);
+    return rc;
 }
 
 static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    bool last = layer + 1 == r->p->geom.n_layers;
+    bool last = layer + 1 == r->p->geom.n_layers, cut = false;
     struct layer *l = NULL;
-    bool cut_here = false;
     int rc = load_layer(r, layer, &l, e);
 
     if (!rc)
         rc = project(r, l, e);
     if (!rc)
-        rc = observe(r, layer, &cut_here, e);
+        rc = observe(r, layer, &cut, e);
     if (!rc) /* nothing reads the other rows of the last layer */
         rc = advance(r, l, last ? r->n - 1 : 0, e);
-    if (!rc && cut_here)
-        rc = cut(r, layer, e);
+    if (!rc && cut)
+        rc = cut_here(r, layer, e);
+    if (!rc && r->policy->cut == CUT_DECAY && !last)
+        rc = decay(r, layer, e);
     r->b->ops->layer_free(r->b, l);
-    return rc;
-}
-
-/* ---- scoring passes */
-
-static double element(const struct run *r, const void *x, uint64_t i)
-{
-    return r->b->elem == KV_F32 ? ((const float *)x)[i] : bf16_to_f32(((const uint16_t *)x)[i]);
-}
-
-/* GemFilter: raw inner products of the last row's queries with every key, over all heads. */
-static int score_last(struct run *r, struct larder_err *e)
-{
-    const struct kv_geom *g = &r->p->geom;
-    uint32_t d = g->head_dim, n_group = g->n_heads / g->n_kv_heads;
-    double *z = mem_zalloc(r->n, sizeof *z);
-    int rc;
-
-    if (!z)
-        return no_memory(e, r->n);
-    for (uint32_t h = 0; h < g->n_heads; h++) {
-        uint64_t q = ((uint64_t)h * r->stride + r->n - 1) * d;
-        uint64_t k = (uint64_t)(h / n_group) * r->stride * d;
-
-        for (uint32_t j = 0; j < r->n; j++)
-            for (uint32_t i = 0; i < d; i++)
-                z[j] += element(r, r->q, q + i) * element(r, r->k, k + (uint64_t)j * d + i);
-    }
-    select_pool(z, r->n, r->policy->pool_kernel, POOL_AVG, r->s.token);
-    mem_free(z);
-    rc = select_order(r->s.token, r->n, r->s.order, e);
-    r->chose = !rc;
     return rc;
 }
 
 /* One layer of a scoring pass; r->chose ends it. */
 static int scan_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    bool last = layer + 1 == r->p->geom.n_layers;
+    bool last = layer + 1 == r->p->geom.n_layers, cut = false;
     struct layer *l = NULL;
-    bool cut_here = false;
     int rc = load_layer(r, layer, &l, e);
 
     if (!rc)
         rc = project(r, l, e);
-    if (!rc && r->policy->cut == CUT_FIXED2) {
-        if (layer == r->policy->layer)
-            rc = score_last(r, e);
-    } else if (!rc) {
-        rc = observe(r, layer, &cut_here, e);
-        r->chose = cut_here || last;
-    }
-    if (!rc && (cut_here || r->policy->cut == CUT_FIXED2) && r->chose)
+    if (!rc)
+        rc = observe(r, layer, &cut, e);
+    if (!rc && cut)
         r->sel_layer = (int32_t)layer;
+    if (!rc)
+        r->chose = cut || last;
     if (!rc && !r->chose)
         rc = advance(r, l, 0, e);
     r->b->ops->layer_free(r->b, l);
@@ -510,10 +440,10 @@ static int last_logits(struct run *r, float **ret, struct larder_err *e)
 static void take_trace(struct run *r, struct engine_result *res)
 {
     res->sel_layer = r->sel_layer;
-    if (r->n_trace) {
-        res->trace = r->trace;
-        res->n_trace = r->n_trace;
-        r->trace = NULL;
+    if (r->cut.n_trace) {
+        res->trace = r->cut.trace;
+        res->n_trace = r->cut.n_trace;
+        r->cut.trace = NULL;
     }
 }
 
@@ -523,26 +453,19 @@ static void take_selected(uint32_t *selected, uint32_t n, struct engine_result *
     res->n_selected = n;
 }
 
-/* Rows that can be dropped in a pass of n rows under policy p. */
-static uint32_t rankable(const struct policy *p, uint32_t n)
-{
-    return p->n_obs && n > p->n_obs ? n - p->n_obs : 0;
-}
-
 /* An ordinary pass over ids; fills everything but the times. */
 static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                         struct engine_result *res, struct larder_err *e)
 {
-    uint32_t n_layers = r->p->geom.n_layers;
-    int rc = run_init(r, n, rankable(r->policy, n), e);
+    int rc = run_init(r, ids, original, n, e);
 
-    if (!rc)
-        rc = embed(r, ids, original, e);
-    for (uint32_t l = 0; l < n_layers && !rc; l++) {
+    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
         rc = progress(r, r->sink, l, e);
         if (!rc)
             rc = run_layer(r, l, e);
     }
+    if (!rc)
+        rc = emit_held(r, e);
     if (!rc)
         rc = last_logits(r, &res->logits, e);
     if (rc || original)
@@ -559,12 +482,9 @@ static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *orig
 static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32_t *ids, uint32_t n,
                      struct engine_result *res, struct larder_err *e)
 {
-    bool gem = r->policy->cut == CUT_FIXED2;
     uint32_t *rows;
-    int rc = run_init(r, n, gem ? n : rankable(r->policy, n), e);
+    int rc = run_init(r, ids, NULL, n, e);
 
-    if (!rc)
-        rc = embed(r, ids, NULL, e);
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc && !r->chose; l++) {
         rc = progress(r, sink, l, e);
         if (!rc)
@@ -575,19 +495,24 @@ static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32
     rows = mem_alloc(r->select, sizeof *rows);
     if (!rows)
         return no_memory(e, n);
-    chosen_rows(r, rows);
     take_trace(r, res);
-    take_selected(rows, r->select, res);
+    take_selected(rows, cut_rows(&r->cut, n, rows), res);
     return 0;
 }
 
 /* ---- the whole thing */
 
+/* The stored form is the policy's; nothing is dropped. */
+static struct policy keep_everything(const struct policy *p)
+{
+    return (struct policy){.kind = POLICY_FULL, .precision = p->precision};
+}
+
 /* Score the document, then prefill the chosen tokens at fresh positions. */
 static int two_passes(struct run *proto, const uint32_t *ids, uint32_t n, struct engine_result *res,
                       struct larder_err *e)
 {
-    static const struct policy keep_everything = {.kind = POLICY_FULL};
+    struct policy everything = keep_everything(proto->policy);
     struct run scan = *proto, fill = *proto;
     uint32_t *chosen = NULL;
     int rc;
@@ -603,7 +528,7 @@ static int two_passes(struct run *proto, const uint32_t *ids, uint32_t n, struct
         return no_memory(e, n);
     for (uint32_t i = 0; i < res->n_selected; i++)
         chosen[i] = ids[res->selected[i]];
-    fill.policy = &keep_everything;
+    fill.policy = &everything;
     rc = pass_prefill(&fill, chosen, res->selected, res->n_selected, res, e);
     res->next_pos = res->n_selected;
     res->renumbered = true;
@@ -652,21 +577,52 @@ static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
     return rc;
 }
 
-int engine_supports(const struct policy *p, struct larder_err *e)
+/* What a policy asks for that is not computed; NULL: nothing. */
+static const char *missing(const struct policy *p)
 {
-    char text[POLICY_TEXT_MAX];
-    bool old = p->obs == OBS_NONE || p->obs == OBS_TAIL || p->obs == OBS_DOT;
-
-    if (old && p->kind <= POLICY_ASL2PASS && p->shape == SHAPE_UNIFORM && !p->sink &&
-        p->rows.kind != ROWS_AUTO)
-        return 0;
-    policy_print(p, text);
-    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s is not computed yet", text);
+    if (p->replay != 100)
+        return "replay of a share";
+    if (p->rows.kind == ROWS_AUTO)
+        return "rows=auto";
+    return NULL;
 }
 
-int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
+int engine_supports(const struct policy *p, struct larder_err *e)
+{
+    const char *what = missing(p);
+    char text[POLICY_TEXT_MAX];
+
+    if (!what)
+        return 0;
+    policy_print(p, text);
+    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s: %s is not available", text, what);
+}
+
+/* The model's shares for the policy's budget, where it needs them: *ret is owned. */
+static int set_shares(const struct engine_doc *doc, const struct kv_geom *g, struct policy *p,
+                      double **ret, struct larder_err *e)
+{
+    uint32_t n_heads = g->n_layers * g->n_kv_heads;
+
+    if (p->shape != SHAPE_SHARES && p->shape != SHAPE_HEADS)
+        return 0;
+    if (!doc->shares || doc->shares->n_heads != n_heads)
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "a budget by shares needs the model's calibration; run larder "
+                           "calibrate, or use shape=uniform, layer or global");
+    *ret = mem_alloc(n_heads, sizeof **ret);
+    if (!*ret)
+        return no_memory(e, doc->n);
+    shares_at(doc->shares, policy_rows_exact(&p->rows, doc->n) / doc->n, *ret);
+    p->shares = *ret;
+    return 0;
+}
+
+int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
 {
+    const uint32_t *ids = doc->ids;
+    uint32_t n = doc->n;
     struct policy p = *policy;
     struct run proto = {.b = b,
                         .p = b->p,
@@ -675,21 +631,30 @@ int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const str
                         .pass = "prefill",
                         .precision = policy->precision};
     struct engine_result res = {.n_ctx = n, .next_pos = n, .sel_layer = -1};
-    double start = now_ms();
+    double start = now_ms(), *shares = NULL;
     int rc = check_ids(b->p, ids, n, e);
 
     if (!rc)
         rc = engine_supports(policy, e);
     if (!rc)
+        rc = set_shares(doc, &b->p->geom, &p, &shares, e);
+    if (!rc)
         rc = policy_resolve(&p, b->p->geom.n_layers, e);
     if (!rc)
         rc = set_budgets(&proto, n, e);
-    if (rc)
+    if (rc) {
+        mem_free(shares);
         return rc;
+    }
     if (policy_is_two_pass(&p) && proto.select >= n)
-        p = (struct policy){.kind = POLICY_FULL}; /* nothing to choose: everything stays */
-    rc = policy_is_two_pass(&p) ? two_passes(&proto, ids, n, &res, e)
-                                : one_pass(&proto, ids, n, &res, e);
+        p = keep_everything(&p); /* nothing to choose */
+    if (policy_is_replay(&p))
+        rc = offline_prefill(b, doc, &p, sink, &res, e);
+    else if (policy_is_two_pass(&p))
+        rc = two_passes(&proto, ids, n, &res, e);
+    else
+        rc = one_pass(&proto, ids, n, &res, e);
+    mem_free(shares);
     if (rc) {
         engine_result_done(&res);
         return rc;

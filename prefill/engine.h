@@ -6,7 +6,7 @@
  * Ownership  Results are filled in and freed with engine_result_done().
  * Threads    One run at a time per backend.
  * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY,
- *            LARDER_EUNSUPPORTED (a policy that is not computed yet), LARDER_ENUMERIC (a
+ *            LARDER_EUNSUPPORTED (a policy that is not computed), LARDER_ENUMERIC (a
  *            score or a logit is not finite: nothing may be stored), LARDER_ECANCELED, and the
  *            backend's.
  */
@@ -17,7 +17,19 @@
 #include <stdint.h>
 
 #include "backend.h"
+#include "cut.h"
 #include "policy.h"
+#include "recall.h"
+#include "shares.h"
+#include "template.h"
+
+/* What is prefilled; borrowed during the call. */
+struct engine_doc {
+    const uint32_t *ids; /* [n] */
+    uint32_t n;
+    const struct template *tmpl; /* whose form a replay's prompt takes; NULL: none */
+    const struct shares *shares; /* of the model; NULL: never calibrated */
+};
 
 /* The kept rows of one layer, gathered: borrowed during the call. */
 struct kept_rows {
@@ -36,12 +48,6 @@ struct engine_sink {
     int (*progress)(void *arg, const char *pass, uint32_t layer, uint32_t n_layers);
 };
 
-struct variance_point {
-    uint32_t layer;
-    double value; /* population variance of the token ranks, mean over the union */
-    double ratio; /* to the first tested layer */
-};
-
 struct engine_result {
     uint32_t n_ctx;
     uint32_t next_pos;
@@ -51,14 +57,15 @@ struct engine_result {
     uint32_t n_trace;
     uint32_t *selected; /* original positions that passed the cut, ascending; NULL: all */
     uint32_t n_selected;
-    float *logits; /* [n_vocab] of the last row */
+    float *logits;                  /* [n_vocab] of the last row */
+    struct certificate certificate; /* n_probes 0: none was made */
     double load_ms, prefill_ms;
 };
 
-/* LARDER_EUNSUPPORTED for a policy that parses and that no engine computes yet. */
+/* LARDER_EUNSUPPORTED for a policy that parses and that this engine does not compute. */
 int engine_supports(const struct policy *p, struct larder_err *e);
 
-int engine_prefill(struct backend *b, const uint32_t *ids, uint32_t n, const struct policy *policy,
+int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);
 void engine_result_done(struct engine_result *r);
 

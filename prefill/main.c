@@ -17,7 +17,8 @@
 
 static const struct command commands[] = {
     {"trace", "--model PATH (--file F | --tokens F) --policy P... [--template T] [options]",
-     ENGINE_BITS | BIT(MODEL) | BIT(FILE) | BIT(TOKENS) | BIT(POLICY) | BIT(TEMPLATE) | BIT(JSON),
+     ENGINE_BITS | BIT(MODEL) | BIT(FILE) | BIT(TOKENS) | BIT(POLICY) | BIT(TEMPLATE) |
+         BIT(PROFILE) | BIT(JSON),
      main_trace},
     {"ask",
      "--model PATH (--image-fd N | --file F | --doc-tokens F) (--tokens F | --questions F | "
@@ -25,11 +26,14 @@ static const struct command commands[] = {
      "[options]",
      ENGINE_BITS | BIT(MODEL) | BIT(IMAGE_FD) | BIT(FILE) | BIT(DOC_TOKENS) | BIT(TOKENS) |
          BIT(QUESTIONS) | BIT(POLICY) | BIT(TEMPLATE) | BIT(MAX_NEW) | BIT(IGNORE_EOS) |
-         BIT(TRACE) | BIT(JSON),
+         BIT(TRACE) | BIT(PROFILE) | BIT(JSON),
      main_ask},
+    {"calibrate", "--model PATH [--template T] [--no-builtin] [options] [TEXT...]",
+     ENGINE_BITS | BIT(MODEL) | BIT(TEMPLATE) | BIT(NO_BUILTIN), main_calibrate},
     {"tokenize", "--model PATH (--file F | --strings F) [--template T] [--json]",
      BIT(MODEL) | BIT(FILE) | BIT(STRINGS) | BIT(TEMPLATE) | BIT(JSON) | BIT(HELP), main_tokenize},
-    {"info", "--model PATH [--json]", BIT(MODEL) | BIT(JSON) | BIT(HELP), main_info},
+    {"info", "--model PATH [--policy P]... [options]",
+     ENGINE_BITS | BIT(MODEL) | BIT(POLICY) | BIT(TEMPLATE) | BIT(PROFILE) | BIT(JSON), main_info},
     {"worker", "(--fd N | --connect PATH) --model NAME=PATH[,template=T]... [options]",
      ENGINE_BITS | BIT(MODEL) | BIT(KNOWN) | BIT(FD) | BIT(CONNECT), main_worker},
 };

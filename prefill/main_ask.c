@@ -126,7 +126,7 @@ static int ask_document(struct ask *a, const char *text, struct larder_err *e)
     struct past past = {0};
     double start = clock_ms();
     struct policy policy;
-    int rc = policy_parse(text, &policy, e);
+    int rc = setup_policy(&a->s, text, &policy, e);
 
     if (!rc)
         rc = past_from_document(&a->s, &a->doc, &policy, &past, e);

@@ -82,6 +82,18 @@ int setup_backend(const struct options *o, const struct model *m, struct backend
     return ops->open(ret, m, &bo, e);
 }
 
+/* A profile belongs to a fingerprint, and that takes reading the model file: only where a policy
+ * asks for it. A policy that does not parse is told by whoever uses it. */
+static bool wants_profile(const struct options *o)
+{
+    struct policy p;
+
+    for (uint32_t i = 0; i < o->n[OPTION_POLICY]; i++)
+        if (!policy_parse(o->value[OPTION_POLICY][i], &p, NULL) && policy_uses_profile(&p))
+            return o->n[OPTION_PROFILE];
+    return false;
+}
+
 int setup_open(const struct options *o, struct engine_setup *ret, struct larder_err *e)
 {
     struct engine_setup s = {0};
@@ -94,6 +106,8 @@ int setup_open(const struct options *o, struct engine_setup *ret, struct larder_
         rc = setup_template(s.model, option_get(o, OPTION_TEMPLATE), &s.tmpl, e);
     if (!rc)
         rc = setup_backend(o, s.model, &s.backend, e);
+    if (!rc && wants_profile(o))
+        rc = profile_read(option_get(o, OPTION_PROFILE), s.model, &s.shares, e);
     if (rc) {
         setup_done(&s);
         return rc;
@@ -102,11 +116,20 @@ int setup_open(const struct options *o, struct engine_setup *ret, struct larder_
     return 0;
 }
 
+int setup_policy(const struct engine_setup *s, const char *text, struct policy *ret,
+                 struct larder_err *e)
+{
+    int rc = policy_parse(text, ret, e);
+
+    return rc ? rc : shares_name_in(s->shares, ret, e);
+}
+
 void setup_done(struct engine_setup *s)
 {
     if (s->backend)
         s->backend->ops->close(s->backend);
     model_close(s->model);
+    shares_free(s->shares);
 }
 
 /* ---- files */

@@ -15,6 +15,7 @@
 #include <jansson.h>
 
 #include "backend.h"
+#include "calibrate.h"
 #include "engine.h"
 #include "larder_status.h"
 #include "model.h"
@@ -42,6 +43,8 @@
     X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)")                     \
     X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token")                                \
     X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer")                        \
+    X(PROFILE, "profile", 1, "F", "the model's calibration (calibrate writes it)")                 \
+    X(NO_BUILTIN, "no-builtin", 0, "", "measure on the given texts alone")                         \
     X(FD, "fd", 1, "N", "connected worker socket")                                                 \
     X(CONNECT, "connect", 1, "PATH", "worker socket to connect to")                                \
     X(KNOWN, "known", 1, "ID", "NAME=DEV:INO:SIZE:MTIME_NS:HEX, a fingerprint known already")      \
@@ -86,6 +89,7 @@ int main_trace(const struct options *o, struct larder_err *e);
 int main_ask(const struct options *o, struct larder_err *e);
 int main_score(const struct options *o, struct larder_err *e); /* ask --questions */
 int main_tokenize(const struct options *o, struct larder_err *e);
+int main_calibrate(const struct options *o, struct larder_err *e);
 int main_info(const struct options *o, struct larder_err *e);
 int main_worker(const struct options *o, struct larder_err *e);
 
@@ -95,6 +99,7 @@ struct engine_setup {
     struct model *model;
     const struct template *tmpl;
     struct backend *backend;
+    struct shares *shares; /* the model's calibration, or NULL */
 };
 
 int setup_template(const struct model *m, const char *name, const struct template **ret,
@@ -104,8 +109,39 @@ int setup_template(const struct model *m, const char *name, const struct templat
 int setup_backend(const struct options *o, const struct model *m, struct backend **ret,
                   struct larder_err *e);
 
+/* A policy string for this setup: parsed, and the profile at hand named in it. */
+int setup_policy(const struct engine_setup *s, const char *text, struct policy *ret,
+                 struct larder_err *e);
+
 int setup_open(const struct options *o, struct engine_setup *ret, struct larder_err *e);
 void setup_done(struct engine_setup *s);
+
+/* ---- profiles (main_profile.c) */
+
+/* One that was made elsewhere, as a table for this model; whatever is wrong with it is said. */
+int profile_take(const char *text, size_t len, struct model *m, struct shares **ret,
+                 struct larder_err *e);
+/* The same from a file. */
+int profile_read(const char *path, struct model *m, struct shares **ret, struct larder_err *e);
+
+/* A calibration as it goes on: the built-in texts and others, and their names. */
+struct measuring {
+    const struct engine_setup *s;
+    struct calibration *c;
+    json_t *texts; /* for the profile */
+};
+
+int measuring_open(struct measuring *m, const struct engine_setup *s, uint32_t n_texts,
+                   const struct calibrate_watch *watch, struct larder_err *e);
+int measuring_builtin(struct measuring *m, struct larder_err *e);
+int measuring_file(struct measuring *m, const char *path, struct larder_err *e);
+/* The table, and the profile that says how it came about; both are the caller's. */
+int measuring_end(struct measuring *m, struct shares **ret_shares, json_t **ret_profile,
+                  struct larder_err *e);
+void measuring_done(struct measuring *m);
+
+/* A profile in the bytes that it is kept and hashed in; free() them. NULL: no memory. */
+char *profile_text(const json_t *profile);
 
 /* ---- documents */
 
@@ -155,6 +191,8 @@ int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct l
 json_t *json_top_logits(const float *logits, uint32_t n_vocab);
 /* [{"layer","value","ratio"}] */
 json_t *json_variance(const struct engine_result *r);
+/* The certificate's object, or null. */
+json_t *json_certificate(const struct certificate *c);
 /* The object that `trace` prints. */
 json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
                    const struct cache *c);

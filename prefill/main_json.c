@@ -49,6 +49,15 @@ json_t *json_variance(const struct engine_result *r)
     return all;
 }
 
+json_t *json_certificate(const struct certificate *c)
+{
+    if (!c->n_probes)
+        return json_null();
+    return json_pack("{sI sI sf sf sf sI}", "probes", (json_int_t)c->n_probes, "tokens",
+                     (json_int_t)c->n_tokens, "kl", c->kl, "agreement", c->agreement, "worst_kl",
+                     c->worst_kl, "worst_at", (json_int_t)c->worst_at);
+}
+
 static json_t *json_positions(const uint32_t *pos, uint32_t n)
 {
     json_t *all = json_array();
@@ -81,15 +90,15 @@ json_t *json_trace(const struct backend *b, const struct policy *p, const struct
     char policy[POLICY_TEXT_MAX];
 
     policy_print(p, policy);
-    return json_pack("{sI sI ss so so so so so ss ss ss sf sf sI}", "n_ctx", (json_int_t)r->n_ctx,
-                     "next_pos", (json_int_t)r->next_pos, "policy", policy, "sel_layer",
-                     r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "rank_variance",
-                     json_variance(r), "selected",
+    return json_pack("{sI sI ss so so so so so so ss ss ss sf sf sI}", "n_ctx",
+                     (json_int_t)r->n_ctx, "next_pos", (json_int_t)r->next_pos, "policy", policy,
+                     "sel_layer", r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer),
+                     "rank_variance", json_variance(r), "selected",
                      r->selected ? json_positions(r->selected, r->n_selected) : json_null(), "rows",
                      json_rows(c), "top_logits", json_top_logits(r->logits, b->p->n_vocab),
-                     "backend", b->ops->name, "dtype", kv_dtype_name(b->elem), "isa", b->isa,
-                     "prefill_ms", r->prefill_ms, "load_ms", r->load_ms, "peak_bytes",
-                     (json_int_t)peak_bytes());
+                     "certificate", json_certificate(&r->certificate), "backend", b->ops->name,
+                     "dtype", kv_dtype_name(b->elem), "isa", b->isa, "prefill_ms", r->prefill_ms,
+                     "load_ms", r->load_ms, "peak_bytes", (json_int_t)peak_bytes());
 }
 
 int json_print(json_t *j, struct larder_err *e)

@@ -104,12 +104,13 @@ int past_from_document(const struct engine_setup *s, const struct document *d,
 {
     const struct kv_geom *g = &s->backend->p->geom;
     struct engine_sink sink = {&p->cache, cache_add, NULL};
+    struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
     int rc = cache_init(&p->cache, s->backend, true, e);
 
     if (!rc)
         rc = alloc_past(s, p, e);
     if (!rc)
-        rc = engine_prefill(s->backend, d->ids, d->n, policy, &sink, &p->result, e);
+        rc = engine_prefill(s->backend, &doc, policy, &sink, &p->result, e);
     if (rc)
         return rc;
     for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {

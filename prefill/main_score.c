@@ -353,7 +353,7 @@ static int score_document(struct batch *b, const char *text, struct larder_err *
     struct past past = {0};
     char canonical[POLICY_TEXT_MAX];
     struct policy policy;
-    int rc = policy_parse(text, &policy, e);
+    int rc = setup_policy(&b->s, text, &policy, e);
 
     if (!rc)
         rc = past_from_document(&b->s, &b->doc, &policy, &past, e);

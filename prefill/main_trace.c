@@ -71,13 +71,14 @@ static int trace_one(const struct engine_setup *s, const struct document *d, con
     struct engine_result r = {0};
     struct cache c = {0};
     struct engine_sink sink = {&c, cache_add, NULL};
+    struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
     struct policy p;
-    int rc = policy_parse(text, &p, e);
+    int rc = setup_policy(s, text, &p, e);
 
     if (!rc)
         rc = cache_init(&c, s->backend, false, e);
     if (!rc)
-        rc = engine_prefill(s->backend, d->ids, d->n, &p, &sink, &r, e);
+        rc = engine_prefill(s->backend, &doc, &p, &sink, &r, e);
     if (!rc && json)
         rc = json_print(json_trace(s->backend, &p, &r, &c), e);
     else if (!rc)

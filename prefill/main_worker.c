@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -22,6 +23,7 @@
 #include "mem.h"
 #include "memfile.h"
 #include "packed.h"
+#include "profile.h"
 #include "seqpacket.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
@@ -36,6 +38,7 @@ struct job {
     struct engine_setup s; /* borrowed from the model, but for the template */
     struct policy policy;
     struct document doc;
+    bool may_calibrate; /* when the policy needs a profile and there is none */
 };
 
 /* ---- frames */
@@ -308,6 +311,63 @@ static int check_length(const struct job *j, struct larder_err *e)
                        j->doc.n, p->n_positions);
 }
 
+/* Tell the daemon what was measured: it keeps it for the next worker. */
+static int send_profile(struct job *j, json_t *profile, struct larder_err *e)
+{
+    char *text = profile_text(profile);
+    uint64_t len = text ? strlen(text) : 0;
+    int rc =
+        text ? send_bytes(j, FRAME_W_PROFILE,
+                          json_pack("{ss sI}", "model", j->model->name, "bytes", (json_int_t)len),
+                          text, len, e)
+             : larder_fail(e, LARDER_ENOMEM, "no memory for a profile");
+
+    free(text);
+    return rc;
+}
+
+static int calibrate(struct job *j, struct larder_err *e)
+{
+    const struct calibrate_watch watch = {j, on_progress};
+    struct measuring m = {0};
+    struct shares *s = NULL;
+    json_t *profile = NULL;
+    int rc = measuring_open(&m, &j->model->s, CALIBRATION_TEXTS, &watch, e);
+
+    if (!rc)
+        rc = measuring_builtin(&m, e);
+    if (!rc)
+        rc = measuring_end(&m, &s, &profile, e);
+    if (!rc)
+        rc = send_profile(j, profile, e);
+    json_decref(profile);
+    measuring_done(&m);
+    if (rc) {
+        shares_free(s);
+        return larder_fail_in(e, rc, "calibrating");
+    }
+    j->model->s.shares = s;
+    return 0;
+}
+
+/* A policy that shares its budget out names the table in W_PREPARED, so it must be there. */
+static int need_profile(struct job *j, struct larder_err *e)
+{
+    int rc = 0;
+
+    if (!policy_uses_profile(&j->policy))
+        return 0;
+    if (!j->model->s.shares && !j->may_calibrate)
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "the policy needs the profile of model %.64s and there is none; run "
+                           "'larder calibrate %.64s'",
+                           j->model->name, j->model->name);
+    if (!j->model->s.shares)
+        rc = calibrate(j, e);
+    j->s.shares = j->model->s.shares;
+    return rc ? rc : shares_name_in(j->s.shares, &j->policy, e);
+}
+
 static struct served *find_model(struct worker *w, const char *name)
 {
     for (uint32_t i = 0; i < w->n_models; i++)
@@ -318,8 +378,8 @@ static struct served *find_model(struct worker *w, const char *name)
 
 static int read_job(struct job *j, const json_t *body, int fd, struct larder_err *e)
 {
-    static const char *const allowed[] = {"job",   "model",    "policy", "source",
-                                          "bytes", "template", NULL};
+    static const char *const allowed[] = {"job",   "model",    "policy",    "source",
+                                          "bytes", "template", "calibrate", NULL};
     const char *model = NULL, *policy = NULL, *source = NULL, *tmpl = NULL;
     uint64_t bytes = 0;
     int rc = field_only(body, allowed, e);
@@ -334,6 +394,9 @@ static int read_job(struct job *j, const json_t *body, int fd, struct larder_err
         rc = field_u64(body, "bytes", FIELD_REQUIRED, UINT64_MAX, &bytes, e);
     if (!rc)
         rc = field_str(body, "template", FIELD_OPTIONAL, 64, &tmpl, e);
+    j->may_calibrate = true;
+    if (!rc)
+        rc = field_bool(body, "calibrate", FIELD_OPTIONAL, &j->may_calibrate, e);
     if (rc)
         return rc;
     j->model = find_model(j->w, model);
@@ -347,7 +410,9 @@ static int read_job(struct job *j, const json_t *body, int fd, struct larder_err
         rc = read_document(j, source, bytes, fd, e);
     if (!rc)
         rc = check_length(j, e);
-    return rc ? rc : check_policy(j, policy, e);
+    if (!rc)
+        rc = check_policy(j, policy, e);
+    return rc ? rc : need_profile(j, e);
 }
 
 static int send_prepared(struct job *j, struct larder_err *e)
@@ -377,11 +442,12 @@ static int send_prepared(struct job *j, struct larder_err *e)
 static int send_done(struct job *j, const struct engine_result *r, struct larder_err *e)
 {
     json_t *body = json_pack(
-        "{sI sI so sb so sI sI sI}", "job", (json_int_t)j->id, "next_pos", (json_int_t)r->next_pos,
-        "sel_layer", r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "renumbered",
-        (int)r->renumbered, "rank_variance", json_variance(r), "prefill_ms",
-        (json_int_t)(r->prefill_ms + 0.5), "load_ms", (json_int_t)(r->load_ms + 0.5), "peak_bytes",
-        (json_int_t)peak_bytes());
+        "{sI sI so sb so so sI sI sI}", "job", (json_int_t)j->id, "next_pos",
+        (json_int_t)r->next_pos, "sel_layer",
+        r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "renumbered",
+        (int)r->renumbered, "rank_variance", json_variance(r), "certificate",
+        json_certificate(&r->certificate), "prefill_ms", (json_int_t)(r->prefill_ms + 0.5),
+        "load_ms", (json_int_t)(r->load_ms + 0.5), "peak_bytes", (json_int_t)peak_bytes());
 
     return send_bytes(j, FRAME_W_DONE, body, r->logits,
                       (uint64_t)j->s.backend->p->n_vocab * sizeof *r->logits, e);
@@ -390,8 +456,9 @@ static int send_done(struct job *j, const struct engine_result *r, struct larder
 static int compute(struct job *j, struct larder_err *e)
 {
     struct engine_sink sink = {j, on_layer, on_progress};
+    struct engine_doc doc = {j->doc.ids, j->doc.n, j->s.tmpl, j->s.shares};
     struct engine_result r = {0};
-    int rc = engine_prefill(j->s.backend, j->doc.ids, j->doc.n, &j->policy, &sink, &r, e);
+    int rc = engine_prefill(j->s.backend, &doc, &j->policy, &sink, &r, e);
 
     if (!rc)
         rc = send_done(j, &r, e);
@@ -454,6 +521,35 @@ static int take_job(struct worker *w, const struct frame *f, int fd, struct lard
     return send_fail(&j, &why, e);
 }
 
+/* A profile that the daemon has for one of the models; it replaces the one at hand. */
+static int take_profile(struct worker *w, const json_t *body, int fd, struct larder_err *e)
+{
+    static const char *const allowed[] = {"model", "bytes", NULL};
+    const char *name = NULL;
+    const void *map = NULL;
+    uint64_t bytes = 0, n = 0;
+    struct shares *s = NULL;
+    struct served *m = NULL;
+    int rc = field_only(body, allowed, e);
+
+    if (!rc)
+        rc = field_str(body, "model", FIELD_REQUIRED, 512, &name, e);
+    if (!rc)
+        rc = field_u64(body, "bytes", FIELD_REQUIRED, PROFILE_MAX_BYTES, &bytes, e);
+    if (!rc && (fd < 0 || !bytes || !(m = find_model(w, name))))
+        rc = larder_fail(e, LARDER_EPROTO, "W_PROFILE of nothing, or of a model not served here");
+    if (!rc)
+        rc = memfile_map(fd, bytes, bytes, &map, &n, e);
+    if (!rc)
+        rc = profile_take(map, n, m->s.model, &s, e);
+    memfile_unmap(map, n);
+    if (rc) /* the daemon has checked it: the two do not understand each other */
+        return larder_fail_in(e, LARDER_EPROTO, "W_PROFILE");
+    shares_free(m->s.shares);
+    m->s.shares = s;
+    return 0;
+}
+
 /* One frame while idle. */
 static int serve_one(struct worker *w, struct larder_err *e)
 {
@@ -465,6 +561,8 @@ static int serve_one(struct worker *w, struct larder_err *e)
         return rc;
     if (f.type == FRAME_W_JOB)
         rc = take_job(w, &f, fd, e);
+    else if (f.type == FRAME_W_PROFILE)
+        rc = take_profile(w, f.body, fd, e);
     else if (f.type != FRAME_W_CANCEL) /* a cancel may cross a job's last frame */
         rc =
             larder_fail(e, LARDER_EPROTO, "unexpected %s while idle", frame_type_name((int)f.type));

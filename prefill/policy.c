@@ -198,6 +198,14 @@ static int set_precision(struct policy *p, const char *v, struct larder_err *e)
     return bad_value(e, KEY_PRECISION, v, "bf16, int8 or int4");
 }
 
+static int set_profile(struct policy *p, const char *v, struct larder_err *e)
+{
+    if (!profile_id_valid(v))
+        return bad_value(e, KEY_PROFILE, v, "12 hex digits, as larder show-model prints them");
+    memcpy(p->profile, v, sizeof p->profile);
+    return 0;
+}
+
 /* Keys that choose among words. */
 static int set_choice(struct policy *p, enum policy_key k, const char *v, struct larder_err *e)
 {
@@ -260,6 +268,8 @@ static int set_value(struct policy *p, enum policy_key k, const char *v, struct 
         return set_decimal(&p->max_kl, k, v, 1e3, "a decimal number such as 0.02", e);
     case KEY_PRECISION:
         return set_precision(p, v, e);
+    case KEY_PROFILE:
+        return set_profile(p, v, e);
     case KEY_POOLKIND:
     case KEY_OBS:
     case KEY_SHAPE:
@@ -474,6 +484,8 @@ static void print_value(const struct policy *p, enum policy_key k, char *out, si
         print_layer(p->l_min, out, cap);
     else if (k == KEY_LAYER)
         print_layer(p->layer, out, cap);
+    else if (k == KEY_PROFILE)
+        snprintf(out, cap, "%s", p->profile);
     else if (!print_count(p, k, out, cap) && !print_number(p, k, out, cap))
         snprintf(out, cap, "%s", word_now(p, k));
 }

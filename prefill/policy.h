@@ -21,6 +21,7 @@
 
 #include "geom.h"
 #include "larder_status.h"
+#include "profile_id.h"
 
 enum policy_kind {
     POLICY_FULL,
@@ -128,6 +129,11 @@ struct policy {
     double decay;     /* share of the others that stays in the last layer, */
     uint32_t context; /* number of the others below which none is cut, */
     double weight;    /* weight of the last row; the first of the recent ones has 1 */
+    /* SHAPE_SHARES, SHAPE_HEADS: [n_layers][n_kv_heads], none negative. Not part of the string:
+     * the caller sets it after parsing. Borrowed; NULL: none was calibrated. */
+    const double *shares;
+    /* which table of shares (profile_id.h), where the shape reads one; "": the model's */
+    char profile[PROFILE_ID_LEN + 1];
 };
 
 #define POLICY_TEXT_MAX 256
@@ -156,6 +162,12 @@ static inline bool policy_is_adaptive(const struct policy *p)
 static inline bool policy_is_two_pass(const struct policy *p)
 {
     return p->cut == CUT_FIXED2 || p->cut == CUT_ADAPTIVE2;
+}
+
+/* Is the budget shared out by a table that was measured on the model? */
+static inline bool policy_uses_profile(const struct policy *p)
+{
+    return p->shape == SHAPE_SHARES || p->shape == SHAPE_HEADS;
 }
 
 static inline bool policy_is_replay(const struct policy *p)

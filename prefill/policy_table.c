@@ -26,9 +26,9 @@
 #define SINK_ROWS 4 /* first rows attract attention whatever they say */
 
 static const char *const key_name[N_KEYS] = {
-    "rows",   "select", "w",     "pool",    "poolkind", "lmin",   "lobs", "tau",
-    "layer",  "obs",    "shape", "cut",     "sink",     "guard",  "eps",  "chunk",
-    "replay", "recent", "decay", "context", "weight",   "max_kl", "fit",  "precision",
+    "rows",  "select",  "w",      "pool",   "poolkind", "lmin",      "lobs",    "tau",    "layer",
+    "obs",   "shape",   "cut",    "sink",   "guard",    "eps",       "chunk",   "replay", "recent",
+    "decay", "context", "weight", "max_kl", "fit",      "precision", "profile",
 };
 
 struct named {
@@ -37,7 +37,7 @@ struct named {
     enum shape_kind shape;
     enum cut_kind cut;
     struct row_budget rows;
-    uint32_t n_obs, pool, sink, chunk;
+    uint32_t n_obs, pool, chunk;
     enum fit_kind fit;
     enum kv_dtype precision;
     bool unguarded; /* heads that compete are sure of nothing */
@@ -46,24 +46,21 @@ struct named {
 
 /* Names that stand for an observation keep it, those that stand for a shape keep that. */
 static const struct named table[N_POLICIES] = {
-    [POLICY_FULL] = {"full", OBS_NONE, 0, 0, {ROWS_ALL, 0}, .shown = 0},
+    [POLICY_FULL] = {"full", OBS_NONE, .rows = {ROWS_ALL, 0}},
     [POLICY_SNAPKV] = {"snapkv", OBS_TAIL, .rows = N2048, .open = BIT(OBS) | SHAPE_CUT},
     [POLICY_ASL] = {"asl", OBS_TAIL, .cut = CUT_ADAPTIVE, .rows = N2048, .open = OBS_SHAPE},
     [POLICY_FASTKV] = {"fastkv", OBS_TAIL, .cut = CUT_FIXED, .rows = N2048, .open = OBS_SHAPE},
     [POLICY_GEMFILTER] = {"gemfilter", OBS_DOT, .cut = CUT_FIXED2, .rows = N2048},
     [POLICY_ASL2PASS] = {"asl2pass", OBS_TAIL, .cut = CUT_ADAPTIVE2, .rows = N2048,
                          .open = BIT(OBS)},
-    [POLICY_PYRAMIDINFER] = {"pyramidinfer", OBS_TAIL, .cut = CUT_DECAY, .rows = {ROWS_ALL, 0},
-                             .sink = SINK_ROWS},
-    [POLICY_STREAMING] = {"streaming", OBS_RECENT, .rows = N2048, .sink = SINK_ROWS,
-                          .open = SHAPE_CUT, .shown = BIT(SINK)},
-    [POLICY_KEYDIFF] = {"keydiff", OBS_KEYS, .rows = N2048, .sink = SINK_ROWS, .open = SHAPE_CUT,
-                        .shown = BIT(SINK)},
-    [POLICY_EXPECTED] = {"expected", OBS_EXPECTED, .rows = N2048, .sink = SINK_ROWS,
-                         .open = SHAPE_CUT, .shown = BIT(SINK)},
+    [POLICY_PYRAMIDINFER] = {"pyramidinfer", OBS_TAIL, .cut = CUT_DECAY, .rows = {ROWS_ALL, 0}},
+    [POLICY_STREAMING] = {"streaming", OBS_RECENT, .rows = N2048, .open = SHAPE_CUT,
+                          .shown = BIT(SINK)},
+    [POLICY_KEYDIFF] = {"keydiff", OBS_KEYS, .rows = N2048, .open = SHAPE_CUT, .shown = BIT(SINK)},
+    [POLICY_EXPECTED] = {"expected", OBS_EXPECTED, .rows = N2048, .open = SHAPE_CUT,
+                         .shown = BIT(SINK)},
     [POLICY_TOVA] = {"tova", OBS_LAST, .rows = N2048, .open = SHAPE_CUT},
-    [POLICY_KNORM] = {"knorm", OBS_NORM, .rows = N2048, .sink = SINK_ROWS, .open = SHAPE_CUT,
-                      .shown = BIT(SINK)},
+    [POLICY_KNORM] = {"knorm", OBS_NORM, .rows = N2048, .open = SHAPE_CUT, .shown = BIT(SINK)},
     [POLICY_OBSERVED] = {"observed", OBS_ALL, .rows = N2048, .open = SHAPE_CUT},
     [POLICY_ADAKV] = {"adakv", OBS_TAIL, SHAPE_LAYER, .rows = N2048, .n_obs = 64, .pool = 5,
                       .open = BIT(OBS) | BIT(CUT), .shown = BIT(OBS)},
@@ -73,18 +70,16 @@ static const struct named table[N_POLICIES] = {
                            .open = POLICY_AXES, .shown = OBS_SHAPE},
     [POLICY_DEFENSIVE] = {"defensive", OBS_DEFENSIVE, SHAPE_LAYER, .rows = N2048, .pool = 5,
                           .open = SHAPE_CUT, .shown = BIT(SHAPE)},
-    [POLICY_DUO] = {"duo", OBS_RECENT, SHAPE_HEADS, .rows = PERCENT(50), .sink = SINK_ROWS,
-                    .shown = BIT(SINK)},
-    [POLICY_KVZIP] = {"kvzip", OBS_REPLAY, SHAPE_GLOBAL, .rows = PERCENT(50), .sink = SINK_ROWS,
-                      .chunk = 2048, .unguarded = true, .open = BIT(SHAPE),
-                      .shown = BIT(SHAPE) | BIT(SINK)},
+    [POLICY_DUO] = {"duo", OBS_RECENT, SHAPE_HEADS, .rows = PERCENT(50), .shown = BIT(SINK)},
+    [POLICY_KVZIP] = {"kvzip", OBS_REPLAY, SHAPE_GLOBAL, .rows = PERCENT(50), .chunk = 2048,
+                      .unguarded = true, .open = BIT(SHAPE), .shown = BIT(SHAPE) | BIT(SINK)},
     [POLICY_KVZIP_PLUS] = {"kvzip+", OBS_REPLAY_PLUS, SHAPE_GLOBAL, .rows = PERCENT(50),
-                           .sink = SINK_ROWS, .chunk = 2048, .unguarded = true, .open = BIT(SHAPE),
+                           .chunk = 2048, .unguarded = true, .open = BIT(SHAPE),
                            .shown = BIT(SHAPE) | BIT(SINK)},
     [POLICY_MATCHING] = {"matching", OBS_REPLAY, SHAPE_SHARES, .rows = PERCENT(25),
-                         .sink = SINK_ROWS, .fit = FIT_MATCHING, .open = OBS_SHAPE,
+                         .fit = FIT_MATCHING, .open = OBS_SHAPE,
                          .shown = BIT(SHAPE) | BIT(SINK) | BIT(FIT) | BIT(PRECISION)},
-    [POLICY_OFFLINE] = {"offline", OBS_REPLAY, SHAPE_SHARES, .rows = PERCENT(25), .sink = SINK_ROWS,
+    [POLICY_OFFLINE] = {"offline", OBS_REPLAY, SHAPE_SHARES, .rows = PERCENT(25),
                         .fit = FIT_MATCHING, .precision = KV_INT4, .open = POLICY_AXES,
                         .shown = POLICY_AXES | BIT(SINK) | BIT(FIT) | BIT(PRECISION)},
 };
@@ -161,13 +156,31 @@ static uint32_t window_of(const struct policy *p, const struct named *t)
     return p->obs == OBS_LAST; /* the only row that is observed from */
 }
 
+/* First rows are forced where the rows are not chosen by what the document's end looks at:
+ * there they would stay for the attention that they always get. */
+static uint32_t sink_of(const struct policy *p)
+{
+    switch (p->obs) {
+    case OBS_KEYS:
+    case OBS_EXPECTED:
+    case OBS_NORM:
+    case OBS_RECENT:
+    case OBS_PROBE:
+    case OBS_REPLAY:
+    case OBS_REPLAY_PLUS:
+        return SINK_ROWS;
+    default:
+        return p->cut == CUT_DECAY ? SINK_ROWS : 0;
+    }
+}
+
 void policy_follow_axes(struct policy *p)
 {
     const struct named *t = &table[p->kind];
 
     p->n_obs = window_of(p, t);
     p->pool_kernel = t->pool ? t->pool : p->obs == OBS_DOT ? 5 : 7;
-    p->sink = t->sink;
+    p->sink = sink_of(p);
     p->eps = p->shape == SHAPE_LAYER ? 0.01 : 0;
     p->guard = t->unguarded ? 0 : 20;
     p->fit = policy_is_replay(p) ? t->fit : FIT_NONE;
@@ -272,20 +285,24 @@ unsigned policy_keys_taken(const struct policy *p)
         keys |= BIT(MAX_KL);
     if (policy_is_replay(p))
         keys |= BIT(FIT);
+    if (policy_uses_profile(p))
+        keys |= BIT(PROFILE);
     return keys | BIT(SINK);
 }
 
 unsigned policy_keys_printed(const struct policy *p)
 {
-    struct policy d = policy_defaults(p->kind);
+    struct policy d = policy_defaults(p->kind), here = *p;
     unsigned moved = 0;
 
+    policy_follow_axes(&here);
     moved |= p->obs != d.obs ? BIT(OBS) : 0;
     moved |= p->shape != d.shape ? BIT(SHAPE) : 0;
     moved |= p->cut != d.cut ? BIT(CUT) : 0;
-    moved |= p->sink != d.sink ? BIT(SINK) : 0;
+    moved |= p->sink != d.sink || p->sink != here.sink ? BIT(SINK) : 0;
     moved |= p->precision != d.precision ? BIT(PRECISION) : 0;
-    moved |= p->fit != d.fit ? BIT(FIT) : 0;
+    moved |= p->fit != d.fit || p->fit != here.fit ? BIT(FIT) : 0;
+    moved |= *p->profile ? BIT(PROFILE) : 0;
     return keys_needed(p) | moved;
 }
 

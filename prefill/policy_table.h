@@ -34,6 +34,7 @@ enum policy_key {
     KEY_MAX_KL,
     KEY_FIT,
     KEY_PRECISION,
+    KEY_PROFILE,
     N_KEYS,
 };
 

@@ -20,7 +20,7 @@
 /* ---- work on threads */
 
 struct crew {
-    ref_item_fn *fn;
+    backend_item_fn *fn;
     void *arg;
     uint32_t n;
     atomic_uint next;
@@ -43,7 +43,7 @@ static void *crew_run(void *arg)
 
 /* Items are independent, so who computes which changes nothing; a thread that cannot
  * be started leaves its items to the others. */
-void ref_for(struct backend *b, uint32_t n, ref_item_fn *fn, void *arg)
+void ref_for(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg)
 {
     struct crew crew = {.fn = fn, .arg = arg, .n = n};
     struct crew_member member[MAX_THREADS];
@@ -298,4 +298,5 @@ const struct backend_ops backend_ref = {
     .logits = ref_logits,
     .head_load = ref_head_load,
     .head_free = ref_head_free,
+    .parallel = ref_for,
 };

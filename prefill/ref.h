@@ -82,8 +82,7 @@ void ref_pack_rows(struct ref_matrix *w, uint32_t row0, const float *src, uint32
 void ref_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *out);
 
 /* fn(arg, item, worker) for each item below n; `worker` < the backend's n_threads. */
-typedef void ref_item_fn(void *arg, uint32_t item, uint32_t worker);
-void ref_for(struct backend *b, uint32_t n, ref_item_fn *fn, void *arg);
+void ref_for(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg);
 
 /* Floats of scratch per worker, one block for all of them. */
 float *ref_scratch(const struct backend *b, uint64_t per_worker);

@@ -49,6 +49,12 @@ run() {
     fi
 }
 
+tiny() {
+    for b in cpu ref; do
+        run "golden, tiny model, $b" 300 python3 tests/golden/tiny.py --build "$build" --backend "$b"
+    done
+}
+
 for group in "$@"; do
     case $group in
     lint)
@@ -60,6 +66,9 @@ for group in "$@"; do
             run "unit/$t" 120 "$build/tests/$t"
         done
         ;;
+    eval)
+        run "eval" 60 python3 tests/eval/test_eval.py
+        ;;
     e2e)
         for t in tests/e2e/[0-9]*.sh; do
             [ -e "$t" ] && run "$t" 300 "$t" "$build"
@@ -69,11 +78,16 @@ for group in "$@"; do
         run "golden, cpu f32" 900 python3 tests/golden/conform.py --build "$build" --backend cpu --subset
         run "golden, ref f32" 900 python3 tests/golden/conform.py --build "$build" --backend ref --subset
         run "golden, cpu bf16" 900 python3 tests/golden/conform.py --build "$build" --backend cpu --dtype bf16 --subset
+        run "golden, kvpress" 900 python3 tests/golden/kvpress.py --build "$build" --backend cpu --subset
+        tiny
         ;;
     golden-all)
         run "golden, cpu f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cpu
         run "golden, ref f32" 3600 python3 tests/golden/conform.py --build "$build" --backend ref
         run "golden, cpu bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cpu --dtype bf16
+        run "golden, kvpress" 3600 python3 tests/golden/kvpress.py --build "$build" --backend cpu
+        run "golden, kvpress, ref" 3600 python3 tests/golden/kvpress.py --build "$build" --backend ref --subset
+        tiny
         ;;
     *)
         echo "tests/run.sh: no group '$group'" >&2

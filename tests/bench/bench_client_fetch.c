@@ -127,8 +127,9 @@ int main(int argc, char **argv)
         return 1;
     }
     qsort(us, (size_t)n_runs, sizeof *us, by_value);
-    printf("fetch,mib,min_us,median_us,round_trip_us,memcpy_us\n%s,%.1f,%.1f,%.1f,%.1f,%.1f\n",
-           fresh ? "fresh" : "decoded", (double)n / (1 << 20), us[0], us[n_runs / 2], rtt,
+    printf("fetch,mib,runs,min_us,median_us,round_trip_us,memcpy_us\n"
+           "%s,%.1f,%d,%.1f,%.1f,%.1f,%.1f\n",
+           fresh ? "fresh" : "decoded", (double)n / (1 << 20), n_runs, us[0], us[n_runs / 2], rtt,
            copy_us(n));
     return 0;
 }

@@ -92,14 +92,14 @@ static int bench(const char *name, bool has_bias)
     if (rc)
         return rc;
     qsort(us, N_RUNS, sizeof *us, by_value);
-    printf("%s,%.1f,%.1f,%.1f\n", name, (double)n / (1 << 20), us[0], us[N_RUNS / 2]);
+    printf("%s,%.1f,%d,%.1f,%.1f\n", name, (double)n / (1 << 20), N_RUNS, us[0], us[N_RUNS / 2]);
     close(fd);
     return 0;
 }
 
 int main(void)
 {
-    printf("image,mib,min_us,median_us\n");
+    printf("image,mib,runs,min_us,median_us\n");
     if (bench("map+check 2048 rows", false) || bench("map+check 2048 rows with bias", true)) {
         fprintf(stderr, "bench_ipc_image: failed\n");
         return 1;

@@ -9,22 +9,17 @@ prunes, resumes with the question and prints everything that is compared here.
 
 Speaks TAP. Exit status 77: the model, or bf16 on this processor, is not there.
 """
-import argparse
 import glob
 import gzip
 import json
 import os
-import subprocess
 import sys
 import tempfile
 
 sys.dont_write_bytecode = True
+import common
 import worker
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-DATA = os.path.join(HERE, "data", "public")
-MODEL = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                     "larder", "SmolLM2-135M-Instruct.Q4_1.gguf")
+from common import DOCS, check_logits, claim, differ, engine, options, unrun, write_ids
 
 VARIANCE_REL = {"avgpool": 1e-3, "maxpool": 2e-2}  # max pooling has exact ties
 LOGITS_ABS = 1e-3
@@ -42,26 +37,6 @@ SUBSET = ["full", "snapkv_k256", "asl_k256_m14_t0.8", "asl_k256_m14_t0.8_ck128",
 SUBSET_LONG = ["full", "snapkv_k512", "asl_k1024_m14_t0.8", "asl_k512_m14_t0.8_ck256",
                "asl_k512_m14_t0.8_maxpool", "fastkv_k512", "gemfilter_k1024",
                "asl2pass_k512_m10_t0.3"]
-
-failures = 0
-
-
-def claim(name, why):
-    """`why` is None when the claim holds."""
-    global failures
-    if why is None:
-        print("ok - " + name)
-    else:
-        failures += 1
-        print("not ok - %s # %s" % (name, why))
-
-
-def unrun(runs):
-    """[start, len, start, len, ...] -> positions"""
-    out = []
-    for start, count in zip(runs[::2], runs[1::2]):
-        out.extend(range(start, start + count))
-    return out
 
 
 def policy_of(run):
@@ -86,7 +61,7 @@ def policy_of(run):
 
 def load_runs(doc, names):
     runs = []
-    for path in sorted(glob.glob(os.path.join(DATA, "asl_%s_*.json.gz" % doc))):
+    for path in sorted(glob.glob(os.path.join(DOCS, "asl_%s_*.json.gz" % doc))):
         name = os.path.basename(path)[len("asl_%s_" % doc):-len(".json.gz")]
         if names is not None and name not in names:
             continue
@@ -96,12 +71,6 @@ def load_runs(doc, names):
 
 
 # ---- what is compared
-
-def differ(ours, golden, ambiguous):
-    """Positions in one set only, of which none may be outside `ambiguous`: (all, outside)"""
-    odd = set(ours) ^ set(golden)
-    return odd, odd - set(ambiguous)
-
 
 def check_trace(run, trace):
     golden = run.get("rel_trace")
@@ -157,17 +126,6 @@ def check_rows(run, trace):
             if bad or rows != sorted(set(rows)):
                 return "layer %d head %d: %d positions differ" % (layer, head, len(bad)), any_odd
     return None, any_odd
-
-
-def check_logits(ours, golden, tol, n):
-    mine = dict((i, x) for i, x in ours)
-    last = ours[-1][1]
-    for i, x in golden[:n]:
-        if i not in mine and x < last + tol:
-            continue  # a tie at the end of the list
-        if i not in mine or abs(mine[i] - x) > tol:
-            return "token %d: %s, recorded %.5f" % (i, mine.get(i), x)
-    return None
 
 
 def check_greedy(ours, resume, gap, n_new):
@@ -230,41 +188,48 @@ def compare_bf16(_, doc, name, run, answer):
 
 # ---- running
 
-class Skip(Exception):
-    pass
-
-
 def n_new(args):
     """Tokens to generate; 32 are recorded. In bf16 they are not compared."""
     return 1 if args.dtype == "bf16" else 16 if args.subset else 32
 
 
-def options(args):
-    words = ["--backend", args.backend, "--dtype", args.dtype]
-    return words + (["--threads", str(args.threads)] if args.threads else [])
-
-
-def engine(args, words, fds=()):
-    cmd = [os.path.join(args.build, "larder-prefill")] + words + [
-        "--model", args.model, "--json"] + options(args)
-    p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=fds)
-    if "LARDER_EBACKEND" in p.stderr and args.dtype == "bf16":
-        raise Skip(p.stderr.strip())
-    if p.returncode:
-        raise RuntimeError("larder-prefill %s: %s" % (words[0], p.stderr.strip()))
-    return [json.loads(line) for line in p.stdout.splitlines()]
-
-
-def write_ids(folder, name, ids):
-    path = os.path.join(folder, name)
+def write_questions(folder, resume, n):
+    """The recorded continuation as a known answer, up to where its first choice is not clear."""
+    clear = next((i for i, gap in enumerate(resume["greedy_gap"]) if gap < GREEDY_GAP), n)
+    path = os.path.join(folder, "q.jsonl")
     with open(path, "w") as f:
-        f.write(" ".join(map(str, ids)) + "\n")
+        json.dump({"id": "q", "question_ids": resume["question_ids"],
+                   "gold_ids": resume["greedy"][:min(n, clear)]}, f)
     return path
 
 
+def check_forced(resume, scored, n):
+    """A forced answer that is the model's own: rank 1 throughout, and generated again."""
+    ranks = [g["rank"] for g in scored["gold"]]
+    if not ranks or set(ranks) != {1} or not scored["all_top1"]:
+        return "ranks %s" % ranks
+    return check_greedy(scored["generated_ids"], resume, GREEDY_GAP, n)
+
+
+def check_questions(args, tmp):
+    """ask --questions scores what ask answers, and a cache that kept everything does not differ."""
+    doc_path = write_ids(tmp, "a700.ids", common.doc_ids("a700"))
+    resume = load_runs("a700", ["full"])[0][1]["resume"][0]
+    n = n_new(args)
+    full, all_rows = engine(args, ["ask", "--doc-tokens", doc_path, "--questions",
+                                   write_questions(tmp, resume, n), "--max-new", str(n),
+                                   "--ignore-eos", "--policy", "full", "--policy",
+                                   "snapkv,rows=all"])
+    claim("questions: a forced answer is the recorded continuation", check_forced(resume, full, n))
+    odd = [k for k in ("gold", "generated_ids", "rows", "nll") if full[k] != all_rows[k]]
+    claim("questions: a cache that kept everything scores the same",
+          "differs in " + ", ".join(odd) if odd else None)
+    kl = all_rows["kl"], all_rows["top1_agree"]
+    claim("questions: and does not diverge", None if kl == (0, 1) and "kl" not in full else str(kl))
+
+
 def run_doc(args, tmp, doc, names):
-    with open(os.path.join(DATA, "doc_%s.json" % doc)) as f:
-        ids = json.load(f)["ids"]
+    ids = common.doc_ids(doc)
     doc_path = write_ids(tmp, doc + ".ids", ids)
     runs = load_runs(doc, names)
     question = runs[0][1]["resume"][0]["question_ids"]
@@ -283,8 +248,7 @@ def run_doc(args, tmp, doc, names):
 
 def check_worker(args, tmp):
     """Rows that went through the worker's frames and an image, in bf16, answer as recorded."""
-    with open(os.path.join(DATA, "doc_a700.json")) as f:
-        ids = json.load(f)["ids"]
+    ids = common.doc_ids("a700")
     run = load_runs("a700", ["full"])[0][1]
     w = worker.Worker(os.path.join(args.build, "larder-prefill"), args.model, options(args))
     kind, body, layers, _ = w.prefill(1, "full", ids, cancel_at=2)
@@ -304,7 +268,11 @@ def check_worker(args, tmp):
     q_path = write_ids(tmp, "q.ids", resume["question_ids"])
     answer = engine(args, ["ask", "--image-fd", str(fd), "--tokens", q_path, "--max-new",
                            str(n_new(args)), "--ignore-eos"], fds=[fd])[0]
+    scored = engine(args, ["ask", "--image-fd", str(fd), "--questions",
+                           write_questions(tmp, resume, n_new(args)), "--max-new",
+                           str(n_new(args)), "--ignore-eos"], fds=[fd])[0]
     os.close(fd)
+    claim("image: questions with known answers", check_forced(resume, scored, n_new(args)))
     claim("image: logits after the question, rows in bf16",
           check_logits(answer["top_logits"], resume["logits_question"], QUESTION_ABS, 20))
     claim("image: greedy continuation, rows in bf16",
@@ -326,33 +294,21 @@ def check_trace_command(args, doc_path, n, trace):
 
 
 def main():
-    a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    a.add_argument("--build", default="build", help="build directory")
-    a.add_argument("--backend", default="cpu", choices=["ref", "cpu"])
-    a.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
-    a.add_argument("--model", default=MODEL)
-    a.add_argument("--threads", type=int, default=0)
-    a.add_argument("--subset", action="store_true", help="a covering part of the runs")
-    args = a.parse_args()
-    if not os.path.exists(args.model):
-        print("the model is not at %s; etc/setup.sh fetches it" % args.model, file=sys.stderr)
-        return 77
+    args = common.parser(__doc__).parse_args()
+    common.need_model(args)
     short = SUBSET if args.subset and (args.backend == "ref" or args.dtype == "bf16") else None
     plan = [("a700", short)]
     if not args.subset or args.backend == "cpu":
         plan.append(("b2000", SUBSET_LONG if args.subset else None))
-    try:
-        with tempfile.TemporaryDirectory(prefix="larder-conform.") as tmp:
-            for doc, names in plan:
-                path, n, trace = run_doc(args, tmp, doc, names)
-            check_trace_command(args, path, n, trace)
-            if args.dtype == "f32":
-                check_worker(args, tmp)
-    except Skip as why:
-        print("bf16 is not tested: %s" % why, file=sys.stderr)
-        return 77
-    return 1 if failures else 0
+    with tempfile.TemporaryDirectory(prefix="larder-conform.") as tmp:
+        for doc, names in plan:
+            path, n, trace = run_doc(args, tmp, doc, names)
+        check_trace_command(args, path, n, trace)
+        if args.dtype == "f32":
+            check_worker(args, tmp)
+        if args.dtype == "f32" and args.backend == "cpu":
+            check_questions(args, tmp)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.finish(main))

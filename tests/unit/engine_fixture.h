@@ -104,10 +104,11 @@ static inline void prefill_ids(struct backend *b, const uint32_t *ids, uint32_t 
                                const char *policy, struct outcome *o)
 {
     struct engine_sink sink = {o, on_layer, on_progress};
+    struct engine_doc doc = {ids, n, NULL, NULL};
     struct policy p;
 
     assert_int_equal(policy_parse(policy, &p, NULL), 0);
-    o->rc = engine_prefill(b, ids, n, &p, &sink, &o->r, &o->e);
+    o->rc = engine_prefill(b, &doc, &p, &sink, &o->r, &o->e);
 }
 
 /* The document of n tokens through model m. */

@@ -55,6 +55,12 @@ const struct model_params *model_params(const struct model *m)
     return &m->p;
 }
 
+const struct tokenizer *model_tokenizer(const struct model *m)
+{
+    (void)m;
+    return NULL;
+}
+
 void model_weight_shape(const struct model *m, enum model_weight w, uint32_t *rows, uint32_t *cols)
 {
     const struct model_params *p = &m->p;

@@ -20,6 +20,9 @@ static void assert_prints(const char *text, const char *canonical)
 
     policy_print(&p, out);
     assert_string_equal(out, canonical);
+    p = parsed(canonical); /* which means the same */
+    policy_print(&p, out);
+    assert_string_equal(out, canonical);
 }
 
 static void assert_refused(const char *text, const char *why)
@@ -82,10 +85,12 @@ static void keys_follow_the_axes(void **state)
                   "snapkv,rows=25%,select=25%,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3,"
                   "cut=adaptive,sink=4");
     assert_prints("asl,obs=keys,precision=int8,rows=9",
-                  "asl,rows=9,select=9,lmin=auto,lobs=8,tau=0.3,obs=keys,precision=int8");
-    assert_prints("adakv,obs=expected", "adakv,rows=2048,obs=expected,guard=20%,eps=0.01");
+                  "asl,rows=9,select=9,lmin=auto,lobs=8,tau=0.3,obs=keys,sink=4,precision=int8");
+    assert_prints("adakv,obs=expected", "adakv,rows=2048,obs=expected,sink=4,guard=20%,eps=0.01");
     assert_prints("criticalkv,obs=expected,shape=layer",
-                  "criticalkv,rows=2048,obs=expected,shape=layer,guard=20%");
+                  "criticalkv,rows=2048,obs=expected,shape=layer,sink=4,guard=20%");
+    assert_prints("asl,obs=keys,sink=0,rows=9,lmin=9",
+                  "asl,rows=9,select=9,lmin=9,lobs=8,tau=0.3,obs=keys,sink=0");
     assert_prints("kvzip,shape=layer,chunk=256,replay=50%",
                   "kvzip,rows=50%,shape=layer,sink=4,guard=0%,chunk=256,replay=50%");
     assert_prints("offline,obs=keys,shape=uniform",

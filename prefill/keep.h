@@ -1,0 +1,60 @@
+/* keep.h - the rows of a layer that stay, gathered for the sink.
+ *
+ * Purpose    Applies a policy's shape to the scores of a layer, or, where heads of all layers
+ *            compete, to those of all layers that a hold (hold.h) has kept.
+ * Ownership  keep_init() allocates, keep_done() frees (also after a failed init). Gathered rows
+ *            are borrowed until the next call.
+ * Threads    One caller.
+ * Errors     LARDER_ENUMERIC, LARDER_ENOMEM.
+ */
+#ifndef LARDER_KEEP_H
+#define LARDER_KEEP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "engine.h"
+
+/* K and V of one layer with their scores: borrowed. */
+struct layer_rows {
+    uint32_t layer;
+    uint32_t n, stride;       /* rows, and their capacity per head */
+    const uint32_t *position; /* [n] in the document */
+    const void *k, *v;        /* [n_kv_heads][stride][head_dim] */
+    const double *score;      /* [n_kv_heads][n]; NULL: everything stays */
+    const double *worth;      /* the same, or NULL */
+};
+
+struct keep {
+    const struct policy *policy;
+    const struct kv_geom *geom;
+    enum kv_dtype elem;
+    uint32_t n;      /* rows of the document */
+    uint32_t rows;   /* budget per head */
+    uint32_t *count; /* [n_layers][n_kv_heads], where known before a layer passes, or NULL */
+    uint32_t *now;   /* [n_kv_heads] of the layer at hand */
+    uint32_t *index; /* [n] rows of one head */
+    uint64_t n_room; /* rows that fit what follows */
+    uint8_t *k, *v;  /* gathered: one head after the other */
+    uint32_t *position;
+    struct kept_rows *heads; /* [n_kv_heads], the result */
+};
+
+/* n rows of elements `elem`; *k is zero before. */
+int keep_init(struct keep *k, const struct policy *p, const struct kv_geom *geom,
+              enum kv_dtype elem, uint32_t n, uint32_t rows, struct larder_err *e);
+void keep_done(struct keep *k);
+
+/* Must the rows of a layer, of which n are left, be scored? */
+bool keep_needs_scores(const struct keep *k, uint32_t n);
+
+/* Is it known only after the last layer which rows stay? */
+bool keep_waits(const struct keep *k);
+
+/* What it waited for. */
+int keep_count_all(struct keep *k, const struct layer_rows *layers, struct larder_err *e);
+
+/* Choose and gather the rows of a layer. */
+int keep_layer(struct keep *k, const struct layer_rows *x, struct larder_err *e);
+
+#endif

@@ -1,0 +1,60 @@
+/* match_int.h - private to match*.c: a layer's statistics and how queries are cut into blocks.
+ *
+ * Shapes     Queries of a KV head are numbered block by block: chunk, then query head of the
+ *            group, then row. A group is a run of chunks and so a run of blocks.
+ */
+#ifndef LARDER_MATCH_INT_H
+#define LARDER_MATCH_INT_H
+
+#include "match.h"
+#include "mul.h"
+#include "ref.h"
+
+#define MATCH_ROWS 64u /* queries of a block */
+
+struct match_block {
+    uint32_t group;
+    uint32_t head; /* query head within its KV head's group */
+    uint32_t row;  /* first replay row */
+    uint32_t rows;
+    uint32_t query; /* number of its first query */
+};
+
+/* Document rows that are fitted together, and the queries they are fitted to. */
+struct match_group {
+    uint32_t row, n_rows;
+    uint32_t block, n_blocks;
+    uint32_t n_queries;
+};
+
+struct match {
+    struct backend *b;
+    mul_fn *mul;
+    const struct replay *r;
+    struct match_opts o;
+    uint32_t n_group; /* query heads of a KV head */
+    struct match_block *block;
+    uint32_t n_blocks;
+    struct match_group *group;
+    uint32_t n_groups;
+    uint32_t n_queries; /* of a KV head */
+    /* of the present layer */
+    const struct replay_rows *x;
+    struct ref_keys *doc; /* [n_kv_heads] */
+    float *lse;           /* [n_kv_heads][n_queries]: log of the sum over all document rows */
+    float *mass;          /* [n_kv_heads][n_queries]: probability of the group's rows */
+    float *y;             /* [n_kv_heads][n_queries][padded head_dim]: their output */
+    float *square;        /* [n_kv_heads][n_blocks][n]: sums of squared probabilities */
+    float *score;         /* [n_kv_heads][n] */
+    float *scratch;       /* [n_threads][per_worker] */
+    uint64_t per_worker;
+};
+
+/* The block's queries, scaled: q[rows][head_dim]. */
+uint32_t match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q);
+
+/* x = q · keys in panels [n / 16][head_dim][16]; x with any strides, whole panels written. */
+void match_logits(const struct match *m, const float *q, uint32_t rows, const float *panels,
+                  uint32_t n, float *x, uint64_t x_row, uint64_t x_panel);
+
+#endif

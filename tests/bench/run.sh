@@ -1,0 +1,113 @@
+#!/bin/bash
+# tests/bench/run.sh BUILD [RUNS [TOKENS]] - measure prefill against peers, fetches, and memory.
+#
+# Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
+# it, then prefill_peers.py with the daemon stopped. Prints tables; the same figures go to
+# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
+# TOKENS (512,2048,5000) are those of the prefill. Nothing started here outlives it.
+. "$(dirname "$0")/../e2e/lib.sh"
+runs=${2:-5}
+lengths=${3:-512,2048,5000}
+peers=
+csv=$dir/rows.csv
+rows=2048
+
+end_all() {
+    # In the background, because a shell that waits for a program in front hears no signal
+    if [ -n "$peers" ]; then
+        kill "$peers" 2>/dev/null
+        wait "$peers"
+    fi
+    finish
+}
+trap end_all EXIT
+
+# Processor and its best instruction set for this work: amd-epyc-avx2
+machine() {
+    isa=generic
+    for flag in avx2 avx512f avx512_bf16 amx_bf16; do
+        grep -qw "$flag" /proc/cpuinfo && isa=$flag
+    done
+    sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1 | tr '[:upper:]' '[:lower:]' |
+        sed -e 's/ @.*//; s/([a-z]*)//g; s/\b\(cpu\|processor\)\b//g; s/[^a-z0-9]\+/-/g; s/-$//' \
+            -e "s/\$/-$isa/"
+}
+
+# A few hundred tokens more than the rows that are kept of it
+document() { cat "$docs/doc_b2000.txt" && head -c 2000 /usr/share/common-licenses/GFDL-1.2; }
+
+die() {
+    echo "bench: $*" >&2
+    exit 1
+}
+
+# bench NAME ARGUMENT...: a program's CSV (what,mib,runs,min_us,median_us,other_us...) as our rows
+bench() {
+    name=$1
+    shift
+    "$build/bench/bench_$name" "$@" >"$dir/bench" || die "bench_$name failed"
+    awk -F, -v OFS=, '
+        NR == 1 { split($0, head); next }
+        {
+            print head[1], $1, "MiB", $2, "us", $4, $5, $3, ""
+            for (i = 6; i <= NF; i++) {
+                other = head[i]
+                sub(/_us$/, "", other)
+                print head[1], $1 " " other, "MiB", $2, "us", "", $i, "", ""
+            }
+        }' "$dir/bench" >>"$csv"
+}
+
+# Peak of the daemon's worker in MiB; it stays for a while after its job.
+worker_peak() {
+    for status in $(grep -l "^PPid:[[:space:]]*$pid\$" /proc/[0-9]*/status 2>/dev/null); do
+        awk '/^VmHWM:/ { printf "%.1f\n", $2 / 1024 }' "$status"
+    done | sort -n | tail -n 1
+}
+
+# What the worker may take, in MiB: weights, hidden states, K and V of one layer (f32), 200 MiB
+worker_limit() { # TOKENS
+    "$build/larder-prefill" info --model "$model" --json | python3 -c '
+import json, os, sys
+p, n = json.load(sys.stdin), int(sys.argv[2])
+row = p["n_hidden"] + 2 * p["n_kv_heads"] * p["head_dim"]
+print("%.1f" % ((os.path.getsize(sys.argv[1]) + 4 * n * row) / 2**20 + 200))' "$model" "$1"
+}
+
+store_and_fetch() {
+    echo "storing an entry of $rows rows and fetching it" >&2
+    document >"$dir/document.txt"
+    start_daemon || exit 1
+    larder put "$dir/document.txt" --name bench --policy "snapkv,rows=$rows" --wait --json \
+        >"$dir/put" || die "put failed"
+    peak=$(worker_peak)
+    n_ctx=$(larder show bench --json | field n_ctx)
+    {
+        echo "memory,worker,tokens,$n_ctx,MiB,$peak,$peak,1,VmHWM"
+        echo "memory,worker's limit,tokens,$n_ctx,MiB,,$(worker_limit "$n_ctx"),,"
+    } >>"$csv"
+    bench client_fetch bench
+    stop_daemon
+    start_daemon --set image_cache_bytes=0 || exit 1
+    bench client_fetch --fresh bench
+    stop_daemon
+    bench ipc_image
+}
+
+started=$SECONDS
+tag=$(machine)
+echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
+# Whoever reads the figures wants to know whether the machine was at rest.
+echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,$tag" >>"$csv"
+store_and_fetch
+python3 tests/bench/prefill_peers.py --build "$build" --model "$model" --runs "$runs" \
+    --tokens "$lengths" --csv "$csv" &
+peers=$!
+wait "$peers" || die "prefill_peers.py failed"
+peers=
+mkdir -p tests/bench/results
+cp "$csv" "tests/bench/results/$tag.csv"
+echo
+python3 tests/bench/report.py "tests/bench/results/$tag.csv" || exit 1
+echo
+echo "$((SECONDS - started)) s; tests/bench/results/$tag.csv"

@@ -1,0 +1,102 @@
+#!/bin/bash
+# A model is measured when a policy first needs it, once; what it gave is kept, shown and named by
+# every entry that was made with it.
+. "$(dirname "$0")/lib.sh"
+head -c 1500 "$docs/doc_a700.txt" >"$dir/a"
+head -c 1200 "$docs/doc_b2000.txt" >"$dir/b"
+cat >"$dir/conf" <<CONF
+store = $dir/d/store
+socket = $dir/d/larder.sock
+worker_socket = $dir/d/worker.sock
+allow_any_fs = yes
+model smollm2 {
+    path = $model
+    calibrate = no
+}
+CONF
+policy=offline,rows=25%
+
+profile_id() { larder show-model smollm2 --json | field profile.id; }
+calibrations() { grep -c 'calibrated, profile' "$dir/log"; }
+put() { # RESULT NAME FILE [OPTION...]
+    local want=$1 name=$2 file=$3
+    shift 3
+    larder put "$file" --name "$name" --policy "$policy" --wait --json "$@" >"$dir/put" &&
+        same result "$(field result <"$dir/put")" "$want"
+}
+
+claim "the daemon starts" start_daemon
+says_none() { larder show-model smollm2 | grep -q "none; 'larder calibrate smollm2'"; }
+claim "show-model says that there is no profile" says_none
+claim "there is nothing to export" fails_with LARDER_ENOTFOUND larder show-model smollm2 --export "$dir/x"
+claim "the first offline document calibrates by itself" put stored a "$dir/a"
+one() { same calibrations "$(calibrations)" 1; }
+claim "once" one
+
+named() { larder show "${1:-a}" --json | field policy | grep -q ",profile=$(profile_id)$"; }
+claim "the entry's policy names the profile" named
+ragged() {
+    larder show a --json | python3 -c 'import json, sys
+e = json.load(sys.stdin)
+rows = [n for layer in e["rows"] for n in layer]
+assert 0.22 < sum(rows) / len(rows) / e["n_ctx"] < 0.28 and max(rows) > 2 * min(rows), rows'
+}
+claim "its rows are shared out over the heads" ragged
+again() { put already_stored a2 "$dir/a" && put stored b "$dir/b" && one; }
+claim "the second time nothing is computed, and another document does not calibrate" again
+
+table() {
+    larder show-model smollm2 >"$dir/t" && grep -q "^texts.*sqlite ([0-9]* tokens), .*pantry" "$dir/t" &&
+        same layers "$(grep -cE '^[0-9]+	[0-9.]+	[0-9.]+ [0-9.]+ [0-9.]+$' "$dir/t")" 30
+}
+claim "show-model prints a line per layer, and what it was measured on" table
+exports() {
+    larder show-model smollm2 --export "$dir/profile" &&
+        "$build/larder-prefill" trace --model "$model" --file "$dir/a" --policy "$policy" --profile "$dir/profile" \
+            --json >"$dir/trace" && larder show a --json >"$dir/show" && python3 - "$dir/trace" "$dir/show" <<'PY'
+import json, sys
+t, e = (json.load(open(p)) for p in sys.argv[1:])
+assert t["policy"] == e["policy"], (t["policy"], e["policy"])
+assert [[len(h) for h in layer] for layer in t["rows"]] == e["rows"]
+PY
+}
+claim "an exported profile gives the engine the same rows" exports
+traces() { larder trace --file "$dir/b" --policy "$policy" --json | field policy | grep -q "profile=$(profile_id)$"; }
+claim "trace uses the daemon's profile" traces
+claim "a policy that names another profile is refused" \
+    fails_with LARDER_EPOLICY larder put "$dir/a" --name x --policy "$policy,profile=0123456789ab" --wait
+claim "the model's own may be named" put stored own "$dir/b" --policy "$policy,sink=8,profile=$(profile_id)"
+explains() { same reason "$(larder explain-miss --file "$dir/a" --policy "$policy" --json | field reason)" stored; }
+claim "explain-miss knows the entry by the policy as it was asked for" explains
+
+id=$(profile_id)
+restart() {
+    stop_daemon TERM
+    "$build/larderd" --config "$dir/conf" 2>>"$dir/log" &
+    pid=$!
+    for _ in $(seq 1 300); do larder status >/dev/null 2>&1 && break; sleep 0.1; done
+    same id "$(profile_id)" "$id" && same id "$(larder status --json | field models.0.profile)" "$id"
+}
+claim "a restart keeps it" restart
+claim "and what is stored is recognised" put already_stored a3 "$dir/a"
+
+calibrates() {
+    larder calibrate smollm2 "$dir/b" --no-builtin >"$dir/out2" && grep -q "^texts	b (" "$dir/out2" &&
+        [ "$(profile_id)" != "$id" ]
+}
+claim "larder calibrate measures on given texts" calibrates
+anew() { put stored a4 "$dir/a" && named a4; }
+claim "with another profile the same document is another entry" anew
+usage() { larder calibrate smollm2 --no-builtin 2>/dev/null; same status $? 2; }
+claim "calibrate without any text is a usage error" usage
+
+fresh() {
+    stop_daemon TERM
+    rm -rf "$dir/d/store"
+    "$build/larderd" --config "$dir/conf" 2>>"$dir/log" &
+    pid=$!
+    for _ in $(seq 1 300); do larder status >/dev/null 2>&1 && break; sleep 0.1; done
+    fails_with "larder calibrate smollm2.*LARDER_EUNSUPPORTED" larder put "$dir/a" --name a --policy "$policy" --wait
+}
+claim "calibrate = no: the first document is refused and names the command" fresh
+exit $rc

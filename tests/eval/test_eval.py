@@ -1,0 +1,437 @@
+#!/usr/bin/env python3
+"""The evaluation's own arithmetic, files, generators and page, without a model. Speaks TAP."""
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import stat
+import sys
+import tempfile
+import traceback
+import xml.dom.minidom
+
+sys.dont_write_bytecode = True
+import engine
+import generate
+import public
+import report
+import results
+import tasks
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# A larder-prefill that reads and prints what the real one does and computes nothing: a word is a
+# token, and the policy "bad" gets every second answer wrong.
+FAKE = r'''#!%s
+import json, os, sys
+a = sys.argv[1:]
+opt = lambda k: [a[i + 1] for i, x in enumerate(a) if x == k]
+with open(os.path.join(os.path.dirname(__file__), "calls"), "a") as f:
+    f.write(" ".join([a[0]] + opt("--policy")) + "\n")
+name = lambda p: p.split(",")[0]
+spell = lambda p: name(p) + ",w=32" if p != "full" else p
+if a[0] == "info":
+    print(json.dumps({"backend": "cpu", "dtype": "f32", "isa": "fake", "fingerprint": "ab" * 32,
+                      "policies": [spell(p) for p in opt("--policy")]}))
+elif a[0] == "tokenize":
+    for l in open(opt("--strings")[0]):
+        o = json.loads(l)
+        print(json.dumps({"ids": [len(w) for w in " ".join(o.values()).split()]}))
+elif a[0] == "ask":
+    n = len(open(opt("--doc-tokens")[0]).read().split())
+    for p in opt("--policy"):
+        if name(p) == "broken":
+            print("larder-prefill: it broke (LARDER_EIO)", file=sys.stderr)
+            sys.exit(1)
+        for i, l in enumerate(open(opt("--questions")[0])):
+            q = json.loads(l)
+            ok = name(p) != "bad" or i %% 2 == 0
+            o = {"id": q["id"], "policy": spell(p), "n_ctx": n, "rows": n if p == "full" else n // 2,
+                 "row_bytes": 256 * (n if p == "full" else n // 2), "full_bytes": 256 * n,
+                 "generated_ids": [1], "gold": [{"id": 1, "rank": 1 if ok else 2, "logprob": -0.5}],
+                 "text": " 42." if ok else " 7.", "prefill_ms": 1, "all_top1": ok, "nll": 0.5}
+            if p != "full":
+                o.update(kl=0.25, top1_agree=1)
+            print(json.dumps(o))
+''' % sys.executable
+
+
+CLAIMS = []
+
+
+def claim(f):
+    CLAIMS.append(f)
+    return f
+
+
+def count_words(texts):
+    return [len(t.split()) for t in texts]
+
+
+def task(id_, doc, **more):
+    return dict({"id": id_, "task": "t", "prefix_ids": doc, "tail_ids": [5], "gold": "42",
+                 "full_answer": " 42."}, **more)
+
+
+def result(id_, policy, right, doc="d", **more):
+    r = {"id": id_, "policy": policy, "model": "m", "backend": "cpu", "dtype": "f32", "isa": "x",
+         "doc": doc, "task": "t", "right": right, "found": 1.0, "kl": 0.1, "top1_agree": 1.0,
+         "rows": 50, "row_bytes": 50, "full_bytes": 100}
+    if policy == "full":
+        r.update(kl=None, top1_agree=None, rows=100, row_bytes=100)
+    return dict(r, **more)
+
+
+def by_id(*rs):
+    return {r["id"]: r for r in rs}
+
+
+# ---- results
+
+@claim
+def kept_right_counts_only_what_the_full_cache_answers():
+    full = by_id(result("a", "full", True), result("b", "full", True), result("c", "full", False))
+    row = results.summarise(full, by_id(result("a", "p", True), result("b", "p", False),
+                                        result("c", "p", True)))
+    assert (row["n"], row["full_right"], row["kept_right"]) == (3, 2, 0.5)
+
+
+@claim
+def a_question_without_a_reference_does_not_count():
+    row = results.summarise(by_id(result("a", "full", True)),
+                            by_id(result("a", "p", True), result("z", "p", False)))
+    assert (row["n"], row["kept_right"]) == (1, 1)
+
+
+@claim
+def rows_and_bytes_count_each_document_once():
+    full = by_id(*(result(i, "full", True, d) for i, d in (("a", "d"), ("b", "d"), ("c", "e"))))
+    row = results.summarise(full, by_id(result("a", "p", True, "d"), result("b", "p", True, "d"),
+                                        result("c", "p", True, "e", rows=100, row_bytes=10)))
+    assert row["rows"] == 0.75 and row["bytes"] == 0.3
+
+
+@claim
+def nothing_right_gives_no_share():
+    row = results.summarise(by_id(result("a", "full", False)), by_id(result("a", "p", False)))
+    assert row["kept_right"] is None and row["low"] is None and row["kl"] is None
+    results.as_text([("p", row)])
+    assert results.summarise({}, {})["n"] == 0
+
+
+@claim
+def the_bootstrap_is_seeded_and_covers():
+    pairs = [(1, 2)] * 10 + [(2, 2)] * 10
+    first, again = (results.bootstrap(pairs, 2000, 7) for _ in range(2))
+    assert first == again and first[0] < 0.75 < first[1]
+    assert results.bootstrap([(2, 2)] * 5, 100) == (1, 1)
+    assert results.bootstrap([(0, 0)], 100) == (None, None)
+
+
+@claim
+def the_bootstrap_matches_the_binomial():
+    """40 documents of one question, half of them kept: a normal interval is 50 +- 15.5 %."""
+    low, high = results.bootstrap([(1, 1)] * 20 + [(0, 1)] * 20)
+    assert abs(low - 0.345) <= 0.03 and abs(high - 0.655) <= 0.03, (low, high)
+
+
+@claim
+def single_answers_are_strict_and_lists_are_looked_for():
+    strict = {"gold": "42"}
+    assert not results.is_right(strict, {"all_top1": False, "text": " 42."})
+    assert results.is_right(strict, {"all_top1": True, "text": ""})
+    several = {"gold": ["Alpha", "beta"]}
+    assert results.found(several, "ALPHA only") == 0.5
+    assert not results.is_right(several, {"all_top1": None, "text": "alpha"})
+    assert results.is_right(several, {"all_top1": None, "text": "beta, alpha"})
+    assert results.is_right(dict(several, any=True), {"all_top1": None, "text": "beta"})
+
+
+@claim
+def a_torn_line_is_passed_over_and_the_next_is_whole():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "sub", "r.jsonl")
+        results.Store(path).add(result("a", "full", True))
+        with open(path, "a") as f:
+            f.write('{"id": "b", "pol')
+        store = results.Store(path)
+        assert len(store.by_key) == 1
+        store.add(result("c", "full", True))
+        store.add(result("c", "full", False))
+        again = results.Store(path).by_key
+        assert sorted(k[0] for k in again) == ["a", "c"]
+        assert not again[results.key_of(result("c", "full", False))]["right"]
+
+
+@claim
+def a_result_belongs_to_what_computed_it():
+    with tempfile.TemporaryDirectory() as tmp:
+        store = results.Store(os.path.join(tmp, "r"))
+        store.add(result("a", "full", True))
+        what = {"model": "m", "backend": "cpu", "dtype": "f32", "isa": "x"}
+        assert store.has("a", "full", what)
+        for k in what:
+            assert not store.has("a", "full", dict(what, **{k: "other"}))
+
+
+# ---- public.py with a program that only pretends
+
+@contextlib.contextmanager
+def workplace(task_list):
+    with tempfile.TemporaryDirectory() as tmp:
+        program = os.path.join(tmp, "larder-prefill")
+        with open(program, "w") as f:
+            f.write(FAKE)
+        os.chmod(program, stat.S_IRWXU)
+        engine.write_jsonl(os.path.join(tmp, "tasks.jsonl"), task_list)
+        yield tmp
+
+
+def run_public(tmp, *words):
+    """-> exit status, standard output, calls of the program since the last time"""
+    out, err = io.StringIO(), io.StringIO()
+    calls = os.path.join(tmp, "calls")
+    if os.path.exists(calls):
+        os.unlink(calls)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        rc = public.main(["--build", tmp, "--model", os.path.join(tmp, "larder-prefill"),
+                          "--tasks", os.path.join(tmp, "tasks.jsonl")] + list(words))
+    called = engine_calls(calls)
+    return rc, out.getvalue() + err.getvalue(), called
+
+
+def engine_calls(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [line.strip() for line in f if line.startswith("ask")]
+
+
+TWO_DOCS = [task("a", [1, 2, 3, 4]), task("b", [1, 2, 3, 4]), task("c", [9, 9, 9, 9])]
+
+
+@claim
+def one_call_per_document_and_none_for_what_is_there():
+    with workplace(TWO_DOCS) as tmp:
+        rc, out, calls = run_public(tmp, "--policy", "bad")
+        assert rc == 0 and calls == ["ask full bad,w=32"] * 2, (rc, out, calls)
+        assert re.search(r"^bad,w=32 +3 +3 +67 ", out, re.M), out
+        assert "given again: 3 of 3" in out
+        rc, again, calls = run_public(tmp, "--policy", "bad")
+        assert rc == 0 and calls == [] and again == out
+        rc, _, calls = run_public(tmp, "--policy", "bad", "--policy", "good")
+        assert rc == 0 and calls == ["ask full good,w=32"] * 2
+        rc, _, calls = run_public(tmp, "--fresh", "--limit", "1")
+        assert rc == 0 and calls == ["ask full"]
+
+
+@claim
+def a_failed_document_is_named_and_what_came_before_is_kept():
+    with workplace(TWO_DOCS) as tmp:
+        rc, out, _ = run_public(tmp, "--policy", "good", "--policy", "broken")
+        assert rc == 1 and "it broke (LARDER_EIO)" in out and "2 documents failed" in out
+        assert "good,w=32" in out
+        rc, _, calls = run_public(tmp, "--policy", "good")
+        assert rc == 0 and calls == []
+
+
+@claim
+def tables_are_written_as_csv_and_markdown():
+    with workplace(TWO_DOCS) as tmp:
+        md, csv = os.path.join(tmp, "x", "t.md"), os.path.join(tmp, "x", "t.csv")
+        assert run_public(tmp, "--policy", "bad", "--markdown", md, "--csv", csv)[0] == 0
+        with open(md) as f:
+            assert "| `bad,w=32` | 3 | 3 | 67 |" in f.read()
+        with open(csv) as f:
+            lines = f.read().splitlines()
+        assert lines[0].startswith("policy,n,documents") and len(lines) == 3
+
+
+@claim
+def missing_tasks_are_skipped_in_words():
+    with workplace([]) as tmp:
+        os.unlink(os.path.join(tmp, "tasks.jsonl"))
+        rc, out, _ = run_public(tmp)
+        assert rc == 77 and out.count("\n") == 1 and "tasks.jsonl" in out
+
+
+@claim
+def recorded_answers_are_compared_as_far_as_generated():
+    t = {"full_answer": " 42 and more"}
+    assert public.same_answer(t, {"text": " 42"})
+    assert public.same_answer(t, {"text": " 42 and more."})
+    assert not public.same_answer(t, {"text": " 43"})
+    assert not public.same_answer(t, {"text": ""})
+
+
+# ---- generators
+
+def prose():
+    return tasks.Prose([generate.read_text(os.path.join(HERE, "..", "golden", "data", "public",
+                                                        "doc_b2000.txt"))])
+
+
+def factories():
+    every = dict(tasks.RULER, **tasks.INFINITEBENCH)
+    every.update(("niah at %g" % d, tasks.niah_at(d)) for d in (0, 0.5, 1))
+    every["qa"] = tasks.reading([("Paragraph %d is about %d." % (i, i),
+                                  [("What is it about?", [str(i)])] * (i % 2)) for i in range(400)])
+    return every
+
+
+@claim
+def generators_fill_a_length_and_never_pass_it():
+    p = prose()
+    for name, factory in factories().items():
+        for length in (400, 1500):
+            make = factory("seed", p, length)
+            n, = tasks.fit([make], length, count_words)
+            got, = count_words([make(n)["document"]])
+            assert n > 0 and 0.9 * length <= got <= length, (name, length, n, got)
+
+
+@claim
+def generators_repeat_themselves_by_seed():
+    p = prose()
+    for name, factory in factories().items():
+        one, two, other = (factory(s, p, 500)(40) for s in ("s", "s", "t"))
+        assert one == two, name
+        assert one["document"] != other["document"], name
+
+
+@claim
+def every_answer_is_in_its_document():
+    p = prose()
+    for name, factory in factories().items():
+        doc = factory("s", p, 2000)(150)
+        for q in doc["questions"]:
+            golds = q["gold"] if isinstance(q["gold"], list) else [q["gold"]]
+            assert all(g in doc["document"] for g in golds), (name, q)
+            assert q["question"] not in doc["document"]
+            assert not q["answer_prefix"].endswith(" ")
+
+
+@claim
+def needles_stand_at_their_depth():
+    p = prose()
+    for depth in (0, 0.25, 0.5, 1):
+        doc = tasks.niah_at(depth)("s", p, 0)(200)
+        text = doc["document"]
+        at = text.index("The special magic") / len(text)
+        assert abs(at - depth) < 0.07, (depth, at)
+
+
+@claim
+def common_words_are_the_most_common():
+    for n in (20, 200, 900):
+        doc = tasks.common_words("s", None, 4000)(n)
+        words = re.findall(r"\d+\. (\w+)", doc["document"])
+        top = sorted(set(words), key=lambda w: -words.count(w))[:tasks.COMMON_WORDS]
+        assert sorted(top) == sorted(doc["questions"][0]["gold"])
+
+
+@claim
+def code_words_follow_their_law():
+    doc = tasks.frequent_words("s", None, 0)(1000)
+    words = doc["document"].split("\n")[1].split()
+    assert len(words) == 1000
+    counts = sorted((words.count(w) for w in set(words)), reverse=True)
+    assert counts[:3] == [608, 152, 68]
+    gold = doc["questions"][0]["gold"]
+    assert [words.count(w) for w in gold] == counts[:3]
+
+
+@claim
+def keys_stay_distinct_beyond_two_words():
+    rng = random.Random(1)
+    gen = tasks.keys(rng)
+    many = [next(gen) for _ in range(9000)]
+    assert len(set(many)) == len(many)
+
+
+@claim
+def what_does_not_fit_or_runs_out_is_seen():
+    long = tasks.key_value("s", None, 3)
+    few = tasks.reading([("a b c", [("q", ["a"])]), ("d e f", [])])("s", None, 100)
+    assert tasks.fit([long, few], 3, count_words)[0] == 0
+    n = tasks.fit([few], 100, count_words)[0]
+    assert few(n)["document"].count("Document") == 2
+
+
+@claim
+def question_files_of_both_kinds_are_read():
+    squad = {"data": [{"paragraphs": [{"context": "c", "qas": [
+        {"question": "q", "answers": [{"text": "a"}]}, {"question": "none", "answers": []}]}]}]}
+    hotpot = [{"question": "q", "answer": "a", "context": [["T", ["x. ", "y."]]]}]
+    assert tasks.read_paragraphs(squad) == [("c", [("q", ["a"])])]
+    assert tasks.read_paragraphs(hotpot) == [("T: x. y.", [("q", ["a"])])]
+    doc, = tasks.infinitebench([{"context": "c", "input": "i", "answer": 5, "options": ["x", "y"]}])
+    assert doc["document"] == "c" and doc["questions"][0]["gold"] == ["5"]
+    assert doc["questions"][0]["question"] == "i\nA. x\nB. y"
+
+
+@claim
+def generated_files_are_task_files():
+    with workplace([]) as tmp:
+        path = os.path.join(tmp, "out.jsonl")
+        words = ["--build", tmp, "--model", os.path.join(tmp, "larder-prefill"), "--output", path]
+        rc = generate.main(["--task", "niah_multikey_1", "niah", "--length", "200", "300", "--count",
+                            "2", "--depths", "3"] + words)
+        got = engine.read_jsonl(path)
+        assert rc == 0 and len(got) == 2 * (2 * 4 + 2 * 3)
+        assert len({t["id"] for t in got}) == len(got)
+        assert all(len(t["prefix_ids"]) <= t["length"] and t["tail_ids"] for t in got)
+        assert sorted({t["depth"] for t in got if t["task"] == "niah"}) == [0, 0.5, 1]
+        os.rename(path, os.path.join(tmp, "tasks.jsonl"))
+        assert run_public(tmp)[0] == 0
+
+
+# ---- the page
+
+@claim
+def a_page_refers_to_nothing_and_its_drawings_are_xml():
+    got = []
+    for policy, size in (("full", 100), ("p,rows=50%", 50), ("p,rows=25%", 25), ("<q>", 10)):
+        for i in range(4):
+            got.append(result("%d" % i, policy, i != 3, doc=str(i), task="niah", row_bytes=size,
+                              length=100 * (i // 2 + 1), depth=float(i % 2)))
+    text = report.page("a & b", got, resamples=50)
+    drawings = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(drawings) == 3 + 4
+    for d in drawings:
+        xml.dom.minidom.parseString(d)
+    assert not re.search(r"(src|href)=|@import|url\(|<script", text)
+    assert "a &amp; b" in text and "<q>" not in text and "&lt;q&gt;" in text
+
+
+@claim
+def curves_join_the_budgets_of_one_policy():
+    assert report.family("asl,rows=50%,select=50%,w=32") == "asl,w=32"
+    names = report.short_names(["asl,w=32", "asl,w=8", "snapkv,w=32"])
+    assert names == {"asl,w=32": "asl,w=32", "asl,w=8": "asl,w=8", "snapkv,w=32": "snapkv"}
+
+
+@claim
+def a_page_without_a_reference_says_so():
+    assert "no results of the full cache" in report.page("t", [result("a", "p", True)], 10)
+
+
+def main():
+    failed = 0
+    for f in CLAIMS:
+        name = f.__name__.replace("_", " ")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                f()
+            print("ok - " + name)
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+            print("not ok - " + name)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
