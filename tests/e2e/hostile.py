@@ -117,7 +117,7 @@ def floods():
 
 def fields():
     for kind, body in ((8, {"key": "zz"}), (8, {"name": "../x"}), (8, {}), (9, {"lease": -1}), (9, {"lease": 2 ** 53}),
-                       (10, {"limit": 2 ** 40}), (3, {"job": -5}), (2, {"source": "text", "bytes": 2 ** 52}),
+                       (8, {"name": "x", "rows": 4}), (10, {"limit": 2 ** 40}), (3, {"job": -5}), (2, {"source": "text", "bytes": 2 ** 52}),
                        (2, {"source": "text", "bytes": -1}), (13, {"name": "x", "pin": 3}), (14, {"surprise": 1})):
         s = connect()
         s.send(frame(kind, json.dumps(body).encode()))
