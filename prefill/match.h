@@ -8,8 +8,8 @@
  *            keys quantised before the fit.
  * Shapes     n document rows, m = n_group * replay rows queries per KV head, t kept rows.
  * Units      Sums over queries are means where the ridge says so: ridge * m.
- * Ownership  match_open() allocates for one document, match_close() frees (NULL allowed). match_layer()
- *            keeps what it computed until the next call.
+ * Ownership  match_open() allocates for one document, match_close() frees (NULL allowed).
+ *            match_layer() keeps what it computed until the next call.
  * Threads    The backend's; results do not depend on them.
  * Errors     LARDER_ENOMEM, LARDER_ENUMERIC (the fit stays singular with the largest ridge, or
  *            an input is not finite).
@@ -32,8 +32,9 @@ int match_open(struct match **ret, struct backend *b, const struct replay *r,
                const struct match_opts *o, struct larder_err *e);
 void match_close(struct match *m);
 
-/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. Afterwards score[n_kv_heads][n],
- * the mean over all queries of the squared probability of a row, may be read. */
+/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. Afterwards
+ * score[n_kv_heads][n], the mean over all queries of the squared probability of a row, may be
+ * read. */
 int match_layer(struct match *m, const struct replay_rows *x, const void *v,
                 const float **ret_score, struct larder_err *e);
 
