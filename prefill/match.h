@@ -32,9 +32,8 @@ int match_open(struct match **ret, struct backend *b, const struct replay *r,
                const struct match_opts *o, struct larder_err *e);
 void match_close(struct match *m);
 
-/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. Afterwards
- * score[n_kv_heads][n], the mean over all queries of the squared probability of a row, may be
- * read. */
+/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. *ret_score: [n_kv_heads][n],
+ * the mean over all queries of the squared probability of a row; valid until the next call. */
 int match_layer(struct match *m, const struct replay_rows *x, const void *v,
                 const float **ret_score, struct larder_err *e);
 
