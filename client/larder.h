@@ -83,7 +83,7 @@ struct larder_job {
     char name[LARDER_NAME_BYTES]; /* full; empty when the document is unnamed */
     char model[LARDER_MODEL_BYTES];
     char policy[LARDER_POLICY_BYTES];
-    char pass[32];      /* "tokenize", "prefill" or "store" */
+    char pass[32];      /* "tokenize", "calibrate", "prefill" or "store" */
     uint32_t layer;     /* layers finished in this pass ... */
     uint32_t n_layers;  /* ... of so many */
     uint32_t n_ctx;     /* tokens of the document */

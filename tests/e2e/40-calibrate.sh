@@ -3,7 +3,8 @@
 # every entry that was made with it.
 . "$(dirname "$0")/lib.sh"
 head -c 1500 "$docs/doc_a700.txt" >"$dir/a"
-head -c 1200 "$docs/doc_b2000.txt" >"$dir/b"
+head -c 800 "$docs/doc_b2000.txt" >"$dir/b"
+head -c 300 "$docs/doc_b2000.txt" >"$dir/c"
 cat >"$dir/conf" <<CONF
 store = $dir/d/store
 socket = $dir/d/larder.sock
@@ -29,6 +30,21 @@ claim "the daemon starts" start_daemon
 says_none() { larder show-model smollm2 | grep -q "none; 'larder calibrate smollm2'"; }
 claim "show-model says that there is no profile" says_none
 claim "there is nothing to export" fails_with LARDER_ENOTFOUND larder show-model smollm2 --export "$dir/x"
+canceled() {
+    larder put "$dir/a" --name c --policy "$policy" --json >"$dir/put" && job=$(field job <"$dir/put") || return 1
+    for _ in $(seq 1 200); do
+        larder jobs --json | grep -q '"pass":"calibrate"' && break
+        sleep 0.05
+    done
+    larder cancel "$job" >/dev/null || return 1
+    for _ in $(seq 1 200); do
+        larder jobs --json | grep -q '"state":"canceled"' && says_none && return 0
+        sleep 0.05
+    done
+    larder jobs
+    return 1
+}
+claim "a calibration under way is shown, and can be canceled" canceled
 claim "the first offline document calibrates by itself" put stored a "$dir/a"
 one() { same calibrations "$(calibrations)" 1; }
 claim "once" one
@@ -61,11 +77,12 @@ assert [[len(h) for h in layer] for layer in t["rows"]] == e["rows"]
 PY
 }
 claim "an exported profile gives the engine the same rows" exports
-traces() { larder trace --file "$dir/b" --policy "$policy" --json | field policy | grep -q "profile=$(profile_id)$"; }
+traces() { larder trace --file "$dir/c" --policy "$policy" --json | field policy | grep -q "profile=$(profile_id)$"; }
 claim "trace uses the daemon's profile" traces
 claim "a policy that names another profile is refused" \
     fails_with LARDER_EPOLICY larder put "$dir/a" --name x --policy "$policy,profile=0123456789ab" --wait
-claim "the model's own may be named" put stored own "$dir/b" --policy "$policy,sink=8,profile=$(profile_id)"
+claim "the model's own may be named, and that is the same entry" \
+    put already_stored own "$dir/b" --policy "$policy,profile=$(profile_id)"
 explains() { same reason "$(larder explain-miss --file "$dir/a" --policy "$policy" --json | field reason)" stored; }
 claim "explain-miss knows the entry by the policy as it was asked for" explains
 

@@ -35,7 +35,7 @@ PY
     same "workers that were ended" "$(grep -c 'worker .* ended: ' "$dir/log")" "$(cat "$dir/n")"
 }
 claim "a hostile W_PROFILE ends its worker and is not kept" hostile_cases
-why() { for w in "seals" "limit" "not the job's" "bad JSON" "nested" "is of model" "0 to 1" "its numbers are" "surprise"; do
+why() { for w in "seals" "must be 0 to" "not the job's" "bad JSON" "nested" "is of model" "0 to 1" "its numbers are" "surprise"; do
     grep -q "$w" "$dir/log" || { echo "no line says '$w'"; return 1; }
 done; }
 claim "the log says what was wrong with each" why
