@@ -68,7 +68,7 @@ static const struct key model_keys[] = {
     {"dtype", STRING, MODEL(dtype), 0, 0, "auto",
      "auto (bf16 where the processor has it, else f32), bf16 or f32"},
     {"threads", COUNT, MODEL(threads), 0, 1024, "0", "threads of its worker; 0: one per processor"},
-    {"policy", STRING, MODEL(policy), 0, 0, "asl", "pruning policy where a client names none"},
+    {"policy", STRING, MODEL(policy), 0, 0, "offline", "pruning policy where a client names none"},
     {"template", STRING, MODEL(template), 0, 0, "auto",
      "chat template; auto: as the model file says"},
     {"calibrate", FLAG, MODEL(calibrate), 0, 1, "yes",
