@@ -22,6 +22,11 @@
 #include "replay.h"
 #include "ref.h"
 
+/* Document rows that are fitted together: the fit's cost then grows with the document and not
+ * with its cube, and its matrices stay below 20 MiB. Documents up to half as long again are
+ * fitted whole. */
+#define MATCH_SPAN 1024u
+
 struct run {
     struct backend *b;
     const struct model_params *p;
@@ -493,7 +498,7 @@ static int open_keep(struct run *r, struct larder_err *e)
 
 static int open_match(struct run *r, struct larder_err *e)
 {
-    struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING, 0};
+    struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING, MATCH_SPAN};
 
     if (r->policy->fit == FIT_NONE)
         return 0;
