@@ -88,6 +88,21 @@ static void a_policy_names_the_table_it_reads(void **state)
     shares_free(s);
 }
 
+static void only_a_policy_that_reads_a_table_may_name_one(void **state)
+{
+    char text[POLICY_TEXT_MAX];
+    struct policy p;
+
+    (void)state;
+    assert_int_equal(policy_parse("snapkv,profile=0123456789ab", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("offline,profile=0123456789AB", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("offline,profile=0123456789abc", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("offline,profile=", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("snapkv,profile=0123456789ab,shape=shares", &p, NULL), 0);
+    policy_print(&p, text);
+    assert_string_equal(strstr(text, ",profile="), ",profile=0123456789ab");
+}
+
 /* ---- reading */
 
 static void shares_lie_between_the_measured_budgets(void **state)
@@ -253,6 +268,7 @@ int main(void)
         cmocka_unit_test(any_other_number_is_another_id),
         cmocka_unit_test(a_table_takes_ascending_budgets_and_fractions_only),
         cmocka_unit_test(a_policy_names_the_table_it_reads),
+        cmocka_unit_test(only_a_policy_that_reads_a_table_may_name_one),
         cmocka_unit_test(shares_lie_between_the_measured_budgets),
         cmocka_unit_test(one_threshold_serves_all_heads),
         cmocka_unit_test(the_built_in_texts_are_there),
