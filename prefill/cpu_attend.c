@@ -8,7 +8,6 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "half.h"
 #include "mem.h"
 
 #define ROWS 64u  /* query rows of an item */
@@ -41,16 +40,9 @@ struct block {
 static void load_queries(const struct attention *a, uint32_t h, uint32_t row, struct block *k)
 {
     uint32_t d = a->b->p->geom.head_dim;
-    float scale = (float)(1 / sqrt(d));
 
-    for (uint32_t i = 0; i < k->rows; i++) {
-        uint64_t at = (h * a->q_stride + row + i) * d;
-        float *to = k->q + (uint64_t)i * d;
-
-        for (uint32_t c = 0; c < d; c++)
-            to[c] = scale * (a->dtype == KV_F32 ? ((const float *)a->q)[at + c]
-                                                : bf16_to_f32(((const uint16_t *)a->q)[at + c]));
-    }
+    ref_scale(a->q, a->dtype, (h * a->q_stride + row) * d, (uint64_t)k->rows * d,
+              (float)(1 / sqrt(d)), k->q);
 }
 
 /* Logits of one row become weights relative to the running maximum. */

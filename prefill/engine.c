@@ -19,6 +19,7 @@
 #include "observe.h"
 #include "offline.h"
 #include "pack.h"
+#include "pass.h"
 #include "probe.h"
 #include "select.h"
 
@@ -47,14 +48,6 @@ struct run {
     bool chose; /* the order of the cut is the choice of a scoring pass */
     double load_ms;
 };
-
-static double now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
-}
 
 static int no_memory(struct larder_err *e, uint32_t n)
 {
@@ -217,26 +210,6 @@ static int emit_held(struct run *r, struct larder_err *e)
 
 /* ---- one layer */
 
-static int progress(struct run *r, const struct engine_sink *sink, uint32_t layer,
-                    struct larder_err *e)
-{
-    int rc = 0;
-
-    if (sink && sink->progress)
-        rc = sink->progress(sink->arg, r->pass, layer, r->p->geom.n_layers);
-    return rc ? larder_fail(e, rc, "canceled before layer %u of %u", layer, r->p->geom.n_layers)
-              : 0;
-}
-
-static int load_layer(struct run *r, uint32_t layer, struct layer **ret, struct larder_err *e)
-{
-    double start = now_ms();
-    int rc = r->b->ops->layer_load(r->b, layer, ret, e);
-
-    r->load_ms += now_ms() - start;
-    return rc;
-}
-
 static int project(struct run *r, const struct layer *l, struct larder_err *e)
 {
     return r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n + r->n_probe, r->stride, r->q, r->k,
@@ -374,7 +347,7 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
     bool last = layer + 1 == r->p->geom.n_layers, cut = false;
     struct layer *l = NULL;
-    int rc = load_layer(r, layer, &l, e);
+    int rc = pass_load_layer(r->b, layer, &l, &r->load_ms, e);
 
     if (!rc)
         rc = project(r, l, e);
@@ -395,7 +368,7 @@ static int scan_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
     bool last = layer + 1 == r->p->geom.n_layers, cut = false;
     struct layer *l = NULL;
-    int rc = load_layer(r, layer, &l, e);
+    int rc = pass_load_layer(r->b, layer, &l, &r->load_ms, e);
 
     if (!rc)
         rc = project(r, l, e);
@@ -412,29 +385,6 @@ static int scan_layer(struct run *r, uint32_t layer, struct larder_err *e)
 }
 
 /* ---- passes */
-
-static int last_logits(struct run *r, float **ret, struct larder_err *e)
-{
-    uint32_t n_vocab = r->p->n_vocab;
-    float *x = mem_alloc(n_vocab, sizeof *x);
-    double start = now_ms();
-    int rc;
-
-    if (!x)
-        return no_memory(e, r->n);
-    rc = r->b->ops->logits(r->b, NULL, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, 1, x, e);
-    r->load_ms += now_ms() - start; /* reading the output matrix dominates */
-    for (uint32_t i = 0; i < n_vocab && !rc; i++)
-        if (!isfinite(x[i]))
-            rc = larder_fail(e, LARDER_ENUMERIC,
-                             "logit %u of the last token is not finite; nothing was kept", i);
-    if (rc) {
-        mem_free(x);
-        return rc;
-    }
-    *ret = x;
-    return 0;
-}
 
 /* Move what the result needs out of a run. */
 static void take_trace(struct run *r, struct engine_result *res)
@@ -460,14 +410,15 @@ static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *orig
     int rc = run_init(r, ids, original, n, e);
 
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
-        rc = progress(r, r->sink, l, e);
+        rc = pass_progress(r->sink, r->pass, l, r->p->geom.n_layers, e);
         if (!rc)
             rc = run_layer(r, l, e);
     }
     if (!rc)
         rc = emit_held(r, e);
     if (!rc)
-        rc = last_logits(r, &res->logits, e);
+        rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &res->logits,
+                         &r->load_ms, e);
     if (rc || original)
         return rc;
     take_trace(r, res);
@@ -486,7 +437,7 @@ static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32
     int rc = run_init(r, ids, NULL, n, e);
 
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc && !r->chose; l++) {
-        rc = progress(r, sink, l, e);
+        rc = pass_progress(sink, r->pass, l, r->p->geom.n_layers, e);
         if (!rc)
             rc = scan_layer(r, l, e);
     }
@@ -631,7 +582,7 @@ int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct
                         .pass = "prefill",
                         .precision = policy->precision};
     struct engine_result res = {.n_ctx = n, .next_pos = n, .sel_layer = -1};
-    double start = now_ms(), *shares = NULL;
+    double start = pass_clock_ms(), *shares = NULL;
     int rc = check_ids(b->p, ids, n, e);
 
     if (!rc)
@@ -659,7 +610,7 @@ int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct
         engine_result_done(&res);
         return rc;
     }
-    res.prefill_ms = now_ms() - start;
+    res.prefill_ms = pass_clock_ms() - start;
     *ret = res;
     return 0;
 }

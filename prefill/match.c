@@ -12,28 +12,17 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "half.h"
 #include "match_int.h"
 #include "mem.h"
-#include "packed.h"
 
 /* ---- queries, statistics */
 
-uint32_t match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q)
+void match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q)
 {
-    const struct kv_geom *geom = &m->b->p->geom;
-    uint32_t d = geom->head_dim, h = g * m->n_group + k->head;
-    float scale = (float)(1 / sqrt(d));
+    uint32_t d = m->b->p->geom.head_dim, h = g * m->n_group + k->head;
 
-    for (uint32_t i = 0; i < k->rows; i++) {
-        uint64_t at = (h * m->x->stride + m->r->n_doc + k->row + i) * d;
-
-        for (uint32_t c = 0; c < d; c++)
-            q[(uint64_t)i * d + c] =
-                scale * (m->b->elem == KV_F32 ? ((const float *)m->x->q)[at + c]
-                                              : bf16_to_f32(((const uint16_t *)m->x->q)[at + c]));
-    }
-    return k->rows;
+    ref_scale(m->x->q, m->b->elem, (h * m->x->stride + m->r->n_doc + k->row) * d,
+              (uint64_t)k->rows * d, (float)(1 / sqrt(d)), q);
 }
 
 void match_logits(const struct match *m, const float *q, uint32_t rows, const float *panels,

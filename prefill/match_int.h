@@ -51,7 +51,7 @@ struct match {
 };
 
 /* The block's queries, scaled: q[rows][head_dim]. */
-uint32_t match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q);
+void match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q);
 
 /* x = q · keys in panels [n / 16][head_dim][16]; x with any strides, whole panels written. */
 void match_logits(const struct match *m, const float *q, uint32_t rows, const float *panels,

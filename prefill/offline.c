@@ -9,7 +9,6 @@
 
 #include <math.h>
 #include <string.h>
-#include <time.h>
 
 #include "half.h"
 #include "hold.h"
@@ -18,6 +17,7 @@
 #include "mem.h"
 #include "observe.h"
 #include "pack.h"
+#include "pass.h"
 #include "recall.h"
 #include "replay.h"
 #include "ref.h"
@@ -55,14 +55,6 @@ struct run {
     double load_ms;
     const struct offline_watch *watch; /* scores are all that is wanted */
 };
-
-static double now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
-}
 
 /* ---- buffers */
 
@@ -402,15 +394,10 @@ static int deliver_held(struct run *r, struct larder_err *e)
 static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
     struct layer *l = NULL;
-    double start = now_ms();
-    int rc = 0;
+    int rc = pass_progress(r->sink, "prefill", layer, r->p->geom.n_layers, e);
 
-    if (r->sink && r->sink->progress)
-        rc = r->sink->progress(r->sink->arg, "prefill", layer, r->p->geom.n_layers);
-    if (rc)
-        return larder_fail(e, rc, "canceled before layer %u of %u", layer, r->p->geom.n_layers);
-    rc = r->b->ops->layer_load(r->b, layer, &l, e);
-    r->load_ms += now_ms() - start;
+    if (!rc)
+        rc = pass_load_layer(r->b, layer, &l, &r->load_ms, e);
     if (!rc)
         rc = r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n_all, (uint32_t)r->stride, r->q, r->k,
                             r->v, e);
@@ -420,28 +407,6 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
         rc = advance(r, l, layer + 1 == r->p->geom.n_layers, e);
     r->b->ops->layer_free(r->b, l);
     return rc;
-}
-
-static int last_logits(struct run *r, float **ret, struct larder_err *e)
-{
-    float *x = mem_alloc(r->p->n_vocab, sizeof *x);
-    double start = now_ms();
-    int rc;
-
-    if (!x)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for logits");
-    rc = r->b->ops->logits(r->b, NULL, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, 1, x, e);
-    r->load_ms += now_ms() - start;
-    for (uint32_t i = 0; i < r->p->n_vocab && !rc; i++)
-        if (!isfinite(x[i]))
-            rc = larder_fail(e, LARDER_ENUMERIC,
-                             "logit %u of the last token is not finite; nothing was kept", i);
-    if (rc) {
-        mem_free(x);
-        return rc;
-    }
-    *ret = x;
-    return 0;
 }
 
 /* ---- the certificate */
@@ -527,7 +492,8 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc, const struc
     if (!rc)
         rc = deliver_held(&r, e);
     if (!rc)
-        rc = last_logits(&r, &res.logits, e);
+        rc = pass_logits(b, r.hidden + (uint64_t)(r.n - 1) * r.p->n_hidden, &res.logits, &r.load_ms,
+                         e);
     if (!rc)
         rc = certify(&r, &res.certificate, e);
     res.load_ms = r.load_ms;

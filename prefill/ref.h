@@ -94,6 +94,9 @@ void ref_head_free(struct backend *b, struct head *h);
 int ref_logits(struct backend *b, const struct head *h, const float *hidden, uint32_t n, float *out,
                struct larder_err *e);
 
+/* out[i] = scale * x[at + i], n elements of type t (KV_F32 or KV_BF16). */
+void ref_scale(const void *x, enum kv_dtype t, uint64_t at, uint64_t n, float scale, float *out);
+
 /* Keys and values of one KV head in the layout that products want: first the stored rows that
  * new ones attend to, then the sequence's own. */
 struct ref_keys {

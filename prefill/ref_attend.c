@@ -41,6 +41,13 @@ static void gather_row(struct ref_keys *g, uint32_t at, const float *k, const fl
         memcpy(g->v + (uint64_t)at * pad, v, d * sizeof *v);
 }
 
+void ref_scale(const void *x, enum kv_dtype t, uint64_t at, uint64_t n, float scale, float *out)
+{
+    for (uint64_t i = 0; i < n; i++)
+        out[i] = scale * (t == KV_F32 ? ((const float *)x)[at + i]
+                                      : bf16_to_f32(((const uint16_t *)x)[at + i]));
+}
+
 /* d elements at `at` as f32: in place, or through `buf`. */
 static const float *widened(const void *x, enum kv_dtype t, uint64_t at, uint32_t d, float *buf)
 {

@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "half.h"
 #include "mem.h"
 
 #define OVERLAP 8u /* tokens before a chunk that its prompt quotes */
@@ -216,16 +215,9 @@ static uint32_t spans_of(const struct scoring *s, uint32_t g, uint32_t last, str
 static void queries(const struct scoring *s, uint32_t h, uint32_t row, uint32_t rows, float *q)
 {
     uint32_t d = s->b->p->geom.head_dim;
-    float scale = (float)(1 / sqrt(d));
 
-    for (uint32_t i = 0; i < rows; i++) {
-        uint64_t at = (h * s->x->stride + s->r->n_doc + s->c->first + row + i) * d;
-
-        for (uint32_t c = 0; c < d; c++)
-            q[(uint64_t)i * d + c] =
-                scale * (s->b->elem == KV_F32 ? ((const float *)s->x->q)[at + c]
-                                              : bf16_to_f32(((const uint16_t *)s->x->q)[at + c]));
-    }
+    ref_scale(s->x->q, s->b->elem, (h * s->x->stride + s->r->n_doc + s->c->first + row) * d,
+              (uint64_t)rows * d, (float)(1 / sqrt(d)), q);
 }
 
 /* Row `row` of the chunk, query head h: its logits become probabilities, those of the chunk's
