@@ -12,11 +12,13 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "half.h"
 #include "mem.h"
 
 #define MAX_THREADS 256u
 #define LOAD_ROWS 64u    /* weight rows an item dequantises */
 #define HEAD_SLICE 4096u /* rows of the output matrix per slice */
+#define MANY_LOGITS 4u   /* rows of logits from which packing the matrix pays */
 
 /* `struct layer` and `struct head` of this backend; ref has its own. */
 struct cpu_layer {
@@ -560,7 +562,37 @@ struct output {
     uint32_t first, n_rows, n;
     const float *x; /* [n][n_hidden], normalised */
     float *out;
+    float *panel; /* [n_threads][LOAD_ROWS * n_hidden]; NULL: few rows, one dot product each */
 };
+
+/* Many rows: LOAD_ROWS of the matrix into panels, once for all of them. */
+static void multiply_rows(const struct output *o, uint32_t row, uint32_t n, float *panel)
+{
+    uint32_t n_hidden = o->b->p->n_hidden;
+
+    for (uint32_t r = 0; r < n; r++) {
+        uint64_t at = (uint64_t)(row + r) * n_hidden;
+        float *to = panel + (uint64_t)(r / MUL_WIDE) * n_hidden * MUL_WIDE + r % MUL_WIDE;
+
+        for (uint32_t k = 0; k < n_hidden; k++)
+            to[(uint64_t)k * MUL_WIDE] = o->b->elem == KV_F32
+                                             ? ((const float *)o->rows)[at + k]
+                                             : bf16_to_f32(((const uint16_t *)o->rows)[at + k]);
+    }
+    mul_pick()(&(struct mul){.a = o->x,
+                             .a_row = n_hidden,
+                             .a_k = 1,
+                             .a_panel = MUL_WIDE * n_hidden,
+                             .b = panel,
+                             .b_k = MUL_WIDE,
+                             .b_panel = MUL_WIDE * (uint64_t)n_hidden,
+                             .c = o->out + o->first + row,
+                             .c_row = o->b->p->n_vocab,
+                             .c_panel = MUL_WIDE,
+                             .m = o->n,
+                             .n = n,
+                             .k = n_hidden});
+}
 
 static void output_item(void *arg, uint32_t item, uint32_t worker)
 {
@@ -568,7 +600,11 @@ static void output_item(void *arg, uint32_t item, uint32_t worker)
     uint32_t n_hidden = o->b->p->n_hidden;
     uint32_t end = (item + 1) * LOAD_ROWS < o->n_rows ? (item + 1) * LOAD_ROWS : o->n_rows;
 
-    (void)worker;
+    if (o->panel) {
+        multiply_rows(o, item * LOAD_ROWS, end - item * LOAD_ROWS,
+                      o->panel + (uint64_t)worker * LOAD_ROWS * n_hidden);
+        return;
+    }
     for (uint32_t r = item * LOAD_ROWS; r < end; r++)
         for (uint64_t i = 0; i < o->n; i++)
             o->out[i * o->b->p->n_vocab + o->first + r] =
@@ -583,7 +619,12 @@ static int cpu_logits(struct backend *b, const struct head *head, const float *h
     float *x = mem_aligned((uint64_t)n * p->n_hidden, sizeof *x), *norm = NULL;
     uint32_t step = h ? p->n_vocab : HEAD_SLICE;
     void *slice = h ? NULL : mem_aligned((uint64_t)HEAD_SLICE * p->n_hidden, elem_bytes(b));
-    int rc = x && (h || slice) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for logits");
+    bool many = n >= MANY_LOGITS;
+    float *panel =
+        many ? mem_aligned((uint64_t)b->n_threads * LOAD_ROWS * p->n_hidden, sizeof *panel) : NULL;
+    int rc = x && (h || slice) && (!many || panel)
+                 ? 0
+                 : larder_fail(e, LARDER_ENOMEM, "no memory for logits");
 
     if (!rc && !h)
         rc = read_norm(b, 0, MODEL_OUT_NORM, &norm, e);
@@ -592,7 +633,8 @@ static int cpu_logits(struct backend *b, const struct head *head, const float *h
                     x + i * p->n_hidden);
     for (uint32_t r = 0; !rc && r < p->n_vocab; r += step) {
         struct output o = {
-            b, h ? h->rows : slice, r, p->n_vocab - r < step ? p->n_vocab - r : step, n, x, out};
+            b,    h ? h->rows : slice, r, p->n_vocab - r < step ? p->n_vocab - r : step, n, x, out,
+            panel};
 
         if (!h)
             rc = read_head(b, r, o.n_rows, slice, e);
@@ -602,6 +644,7 @@ static int cpu_logits(struct backend *b, const struct head *head, const float *h
     mem_free(x);
     mem_free(norm);
     mem_free(slice);
+    mem_free(panel);
     return rc;
 }
 

@@ -12,6 +12,8 @@
 #include "mem.h"
 #include "tokenizer.h"
 
+#define PROBE_EVERY 64u /* document tokens for each probe, */
+#define PROBES_LEAST 4u /* but no fewer than these */
 #define EXTRA_DIGIT 2.0
 #define EXTRA_CAPITAL 1.0
 
@@ -129,6 +131,8 @@ static int fill(struct probes *p, const struct model *m, const struct around *a,
     if (n <= PROBE_CUE + PROBE_QUOTE || n + rows > model_params(m)->n_positions)
         return 0;
     room = n - PROBE_CUE - PROBE_QUOTE;
+    if (n / PROBE_EVERY < n_parts) /* a short document is not asked more than it says */
+        n_parts = n / PROBE_EVERY > PROBES_LEAST ? n / PROBE_EVERY : PROBES_LEAST;
     n_parts = room < n_parts ? room : n_parts;
     weight = mem_alloc(n, sizeof *weight);
     p->ids = mem_alloc(PROBES * rows, sizeof *p->ids);
