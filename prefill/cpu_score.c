@@ -15,44 +15,64 @@
 #define FAST                                                                                       \
     __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
                    optimize("O3", "fp-contract=off")))
+#define BODY static inline __attribute__((always_inline, optimize("O3", "fp-contract=off")))
+
+/* Half of the lanes: a vector that every instruction set can hold. */
+typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t half_bits __attribute__((vector_size(32)));
+typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
+
+BODY float sum_lanes(const half_lanes *a, const half_lanes *b)
+{
+    half_lanes c = *a + *b;
+
+    return ((c[0] + c[4]) + (c[2] + c[6])) + ((c[1] + c[5]) + (c[3] + c[7]));
+}
+
+BODY void widen_lanes(const uint16_t *x, half_lanes *out)
+{
+    *out = (half_lanes)(__builtin_convertvector(*(const half_bf16 *)x, half_bits) << 16);
+}
 
 FAST static float dot(const float *a, const float *b, uint32_t d)
 {
-    float lane[LANES] = {0}, sum;
+    half_lanes lo = {0}, hi = {0};
     uint32_t i = 0;
+    float sum;
 
-    for (; i + LANES <= d; i += LANES)
-        for (uint32_t l = 0; l < LANES; l++)
-            lane[l] += a[i + l] * b[i + l];
-    for (uint32_t l = 0; l < LANES / 2; l++)
-        lane[l] += lane[l + LANES / 2];
-    for (uint32_t l = 0; l < LANES / 4; l++)
-        lane[l] += lane[l + LANES / 4];
-    sum = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    for (; i + LANES <= d; i += LANES) {
+        lo += *(const half_lanes *)(a + i) * *(const half_lanes *)(b + i);
+        hi += *(const half_lanes *)(a + i + LANES / 2) * *(const half_lanes *)(b + i + LANES / 2);
+    }
+    sum = sum_lanes(&lo, &hi);
     for (; i < d; i++)
         sum += a[i] * b[i];
     return sum;
 }
 
-FAST static void axpy(float a, const float *x, uint32_t d, float *y)
+FAST static void axpy(float a, const float *restrict x, uint32_t d, float *restrict y)
 {
-    for (uint32_t i = 0; i < d; i++)
+    uint32_t i = 0;
+
+    for (; i + LANES / 2 <= d; i += LANES / 2)
+        *(half_lanes *)(y + i) += a * *(const half_lanes *)(x + i);
+    for (; i < d; i++)
         y[i] += a * x[i];
 }
 
 FAST static float dot_bf16(const uint16_t *a, const float *b, uint32_t d)
 {
-    float lane[LANES] = {0}, sum;
+    half_lanes lo = {0}, hi = {0}, x, y;
     uint32_t i = 0;
+    float sum;
 
-    for (; i + LANES <= d; i += LANES)
-        for (uint32_t l = 0; l < LANES; l++)
-            lane[l] += bf16_to_f32(a[i + l]) * b[i + l];
-    for (uint32_t l = 0; l < LANES / 2; l++)
-        lane[l] += lane[l + LANES / 2];
-    for (uint32_t l = 0; l < LANES / 4; l++)
-        lane[l] += lane[l + LANES / 4];
-    sum = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    for (; i + LANES <= d; i += LANES) {
+        widen_lanes(a + i, &x);
+        widen_lanes(a + i + LANES / 2, &y);
+        lo += x * *(const half_lanes *)(b + i);
+        hi += y * *(const half_lanes *)(b + i + LANES / 2);
+    }
+    sum = sum_lanes(&lo, &hi);
     for (; i < d; i++)
         sum += bf16_to_f32(a[i]) * b[i];
     return sum;
