@@ -42,8 +42,8 @@ struct certificate {
     uint32_t worst_at; /* and the position of its quote */
 };
 
-/* One probe in each of PROBES (fewer below 1,024 tokens) equal parts of the document, where its tokens are rarest;
- * digits and capitals count extra. n_positions of the model limit it. */
+/* One probe in each of PROBES equal parts of the document (fewer below 1,024 tokens), where its
+ * tokens are rarest; digits and capitals count extra. n_positions of the model limit it. */
 int probes_make(struct probes **ret, const struct model *m, const struct template *tmpl,
                 const uint32_t *ids, uint32_t n, struct larder_err *e);
 void probes_free(struct probes *p);
