@@ -223,7 +223,7 @@ install: all
 	install -m 644 etc/larder.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/larder.conf
 	install -m 644 etc/larder.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/larder.conf
 	test -e $(DESTDIR)/etc/larder/larder.conf || install -m 644 etc/larder.conf $(DESTDIR)/etc/larder/larder.conf
-	install -m 644 README.md DESIGN.md LICENSE ipc/PROTOCOL.md ipc/IMAGE.md store/FORMAT.md $(DESTDIR)$(PREFIX)/share/doc/larder
+	install -m 644 README.md DESIGN.md PERFORMANCE.md EVALUATION.md LICENSE ipc/PROTOCOL.md ipc/IMAGE.md store/FORMAT.md $(DESTDIR)$(PREFIX)/share/doc/larder
 
 clean:
 	rm -rf build build-*

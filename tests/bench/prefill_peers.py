@@ -243,6 +243,7 @@ def main():
                       flush=True)
                 results = measure(subjects, n, args.runs, missed)
                 write_rows(out, n, results, {s.name: s.about for s in subjects})
+                f.flush()
                 if n == lengths[0]:
                     drop_hopeless(subjects, n, results, missed)
         finally:

@@ -21,7 +21,8 @@ has_all() {
         lib/pkgconfig/larder.pc include/larder.h include/larder_status.h include/larder_image.h \
         lib/systemd/system/larderd.service share/man/man1/larder.1 share/man/man8/larderd.8 \
         share/man/man5/larder.conf.5 share/man/man3/liblarder.3 share/man/man8/larder-prefill.8 \
-        share/doc/larder/PROTOCOL.md share/doc/larder/IMAGE.md share/doc/larder/FORMAT.md; do
+        share/doc/larder/PROTOCOL.md share/doc/larder/IMAGE.md share/doc/larder/FORMAT.md \
+        share/doc/larder/PERFORMANCE.md; do
         [ -e "$root/usr/$f" ] || { echo "missing: $f"; return 1; }
     done
     [ -e "$root/etc/larder/larder.conf" ]
