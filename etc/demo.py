@@ -157,11 +157,11 @@ def main():
     build = os.path.abspath(parser.parse_args().build)
     if not os.path.exists(MODEL):
         fail("no model at %s; run: sh etc/setup.sh" % MODEL)
-    print("model   SmolLM2-135M-Instruct (Q4_1 GGUF, Apache-2.0)")
+    print("model    SmolLM2-135M-Instruct (Q4_1 GGUF, Apache-2.0)")
     for label, text in POLICIES:
-        print("policy  %-8s%s" % (label, text))
+        print("policy   %-9s%s" % (label, text))
     for name, path, title, licence, _ in DOCUMENTS:
-        print("%-8s%s (%s)" % (name, title, licence))
+        print("%-9s%s (%s)" % (name, title, licence))
     print()
     rows, answers = [], []
     with tempfile.TemporaryDirectory(prefix="larder-demo-") as directory:
