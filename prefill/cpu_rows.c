@@ -11,23 +11,9 @@
 
 #include "cpu.h"
 #include "half.h"
+#include "lanes.h"
 
-#define LANES 16u
 #define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-
-/* Half of the lanes: a vector that every instruction set can hold. */
-typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t half_mask __attribute__((vector_size(32), aligned(4), may_alias));
-
-/* Pairwise, so that the order is fixed. */
-static inline float sum_lanes(const float *x)
-{
-    float y[8];
-
-    for (int i = 0; i < 8; i++)
-        y[i] = x[i] + x[i + 8];
-    return ((y[0] + y[4]) + (y[2] + y[6])) + ((y[1] + y[5]) + (y[3] + y[7]));
-}
 
 /* e^x for x <= 0, within 2 units in the last place; 0 below -87. */
 static inline float exp_neg(float x)
@@ -162,8 +148,8 @@ FAST float cpu_max(const float *x, uint32_t n)
 FAST float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max)
 {
     half_lanes a = {0}, b = {0};
-    float lane[LANES], sum;
     uint32_t i = 0;
+    float sum;
 
     /* a NaN must reach the sum: exp_neg() passes it on */
     for (uint32_t j = 0; j < n; j++)
@@ -172,9 +158,7 @@ FAST float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max)
         a += *(const half_lanes *)(x + i);
         b += *(const half_lanes *)(x + i + LANES / 2);
     }
-    memcpy(lane, &a, sizeof a);
-    memcpy(lane + LANES / 2, &b, sizeof b);
-    sum = sum_lanes(lane);
+    sum = sum_lanes(&a, &b);
     for (; i < n; i++)
         sum += x[i];
     memset(x + n, 0, (wide - n) * sizeof *x);

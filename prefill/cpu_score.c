@@ -8,26 +8,17 @@
 
 #include "cpu.h"
 #include "half.h"
+#include "lanes.h"
 #include "mem.h"
 #include "packed.h"
 
-#define LANES 16u
 #define FAST                                                                                       \
     __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
                    optimize("O3", "fp-contract=off")))
 #define BODY static inline __attribute__((always_inline, optimize("O3", "fp-contract=off")))
 
-/* Half of the lanes: a vector that every instruction set can hold. */
-typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t half_bits __attribute__((vector_size(32)));
 typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
-
-BODY float sum_lanes(const half_lanes *a, const half_lanes *b)
-{
-    half_lanes c = *a + *b;
-
-    return ((c[0] + c[4]) + (c[2] + c[6])) + ((c[1] + c[5]) + (c[3] + c[7]));
-}
 
 BODY void widen_lanes(const uint16_t *x, half_lanes *out)
 {
