@@ -41,19 +41,22 @@ die() {
     exit 1
 }
 
-# bench NAME ARGUMENT...: a program's CSV (what,mib,runs,min_us,median_us,other_us...) as our rows
+# bench STAGE NAME ARGUMENT...: the CSV of bench_NAME as rows of ours. Its columns mib, runs, min_us
+# and median_us are known by name; those after median_us are figures of their own.
 bench() {
-    name=$1
-    shift
+    stage=$1 name=$2
+    shift 2
     "$build/bench/bench_$name" "$@" >"$dir/bench" || die "bench_$name failed"
-    awk -F, -v OFS=, '
-        NR == 1 { split($0, head); next }
+    awk -F, -v OFS=, -v stage="$stage" '
+        NR == 1 { for (i = 1; i <= NF; i++) { head[i] = $i; at[$i] = i }; next }
         {
-            print head[1], $1, "MiB", $2, "us", $4, $5, $3, ""
-            for (i = 6; i <= NF; i++) {
+            mib = $at["mib"]
+            print stage, $1, "MiB", mib, "us", $at["min_us"], $at["median_us"],
+                ("runs" in at ? $at["runs"] : ""), ""
+            for (i = at["median_us"] + 1; i <= NF; i++) {
                 other = head[i]
                 sub(/_us$/, "", other)
-                print head[1], $1 " " other, "MiB", $2, "us", "", $i, "", ""
+                print stage, $1 " " other, "MiB", mib, "us", "", $i, "", ""
             }
         }' "$dir/bench" >>"$csv"
 }
@@ -86,12 +89,13 @@ store_and_fetch() {
         echo "memory,worker,tokens,$n_ctx,MiB,$peak,$peak,1,VmHWM"
         echo "memory,worker's limit,tokens,$n_ctx,MiB,,$(worker_limit "$n_ctx"),,"
     } >>"$csv"
-    bench client_fetch bench
+    bench fetch client_fetch bench
     stop_daemon
     start_daemon --set image_cache_bytes=0 || exit 1
-    bench client_fetch --fresh bench
+    bench fetch client_fetch --fresh bench
     stop_daemon
-    bench ipc_image
+    bench image ipc_image
+    bench "step of a question" prefill_resume "$model" 2048 20
 }
 
 started=$SECONDS
