@@ -57,6 +57,17 @@ rows = [n for layer in e["rows"] for n in layer]
 assert 0.22 < sum(rows) / len(rows) / e["n_ctx"] < 0.28 and max(rows) > 2 * min(rows), rows'
 }
 claim "its rows are shared out over the heads" ragged
+certified() {
+    larder show a --json | python3 -c 'import json, sys
+e = json.load(sys.stdin)
+c = e["certificate"]
+assert c["probes"] >= 4 and c["tokens"] == 8 * c["probes"] and 0.5 < c["agreement"] <= 1, c
+assert 0 < c["kl"] <= c["worst_kl"] and 0 < c["worst_at"] < e["n_ctx"], c
+assert e["precision"] == "int4" and e["has_bias"], e["precision"]' &&
+        larder show a | grep -q "same next token as the full cache"
+}
+claim "its certificate says what it loses" certified
+claim "it answers from packed rows" larder ask a "What is this text about?" --max-new 4
 claim "the second time nothing is computed" put already_stored a2 "$dir/a"
 
 table() {
