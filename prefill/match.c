@@ -21,7 +21,7 @@ void match_queries(const struct match *m, uint32_t g, const struct match_block *
 {
     uint32_t d = m->b->p->geom.head_dim, h = g * m->n_group + k->head;
 
-    ref_scale(m->x->q, m->b->elem, (h * m->x->stride + m->r->n_doc + k->row) * d,
+    ref_scale(m->x.q, m->b->elem, (h * m->x.stride + m->r->n_doc + k->row) * d,
               (uint64_t)k->rows * d, (float)(1 / sqrt(d)), q);
 }
 
@@ -117,7 +117,7 @@ int match_layer(struct match *m, const struct replay_rows *x, const void *v,
     rc = ref_gather(geom, &doc, &m->doc, e);
     if (rc)
         return rc;
-    m->x = x;
+    m->x = *x;
     m->b->ops->parallel(m->b, geom->n_kv_heads * m->n_blocks, stats_item, m);
     m->b->ops->parallel(m->b, geom->n_kv_heads, score_item, m);
     for (uint64_t i = 0; i < n; i++)

@@ -39,7 +39,7 @@ struct match {
     uint32_t n_groups;
     uint32_t n_queries; /* of a KV head */
     /* of the present layer */
-    const struct replay_rows *x;
+    struct replay_rows x; /* a copy: fits come after the call that gave it */
     struct ref_keys *doc; /* [n_kv_heads] */
     float *lse;           /* [n_kv_heads][n_queries]: log of the sum over all document rows */
     float *mass;          /* [n_kv_heads][n_queries]: probability of the group's rows */
