@@ -208,7 +208,7 @@ int keep_layer(struct keep *k, const struct layer_rows *x, struct larder_err *e)
     uint64_t at = 0;
     int rc;
 
-    if (!x->score) {
+    if (!x->score || !k->n_room) { /* nothing to choose, and no buffers to choose into */
         keep_all(k, x);
         return 0;
     }

@@ -54,7 +54,8 @@ bool keep_waits(const struct keep *k);
 /* What it waited for. */
 int keep_count_all(struct keep *k, const struct layer_rows *layers, struct larder_err *e);
 
-/* Choose and gather the rows of a layer. */
+/* Choose and gather the rows of a layer. All stay, where they are, when there are no scores or
+ * the budget holds the document. */
 int keep_layer(struct keep *k, const struct layer_rows *x, struct larder_err *e);
 
 #endif

@@ -268,6 +268,25 @@ static struct outcome run_shares(const struct model *m, const char *text, const 
     return o;
 }
 
+/* A budget that the document does not use up: rows are handed on where they are. */
+static void a_replay_keeps_a_document_that_fits_its_budget(void **state)
+{
+    static const char *const policies[] = {"kvzip,rows=400", "kvzip,rows=all,shape=layer",
+                                           "kvzip,rows=400,shape=uniform"};
+    struct model m = fake_model();
+    struct outcome full = run(&m, N, "full");
+
+    (void)state;
+    for (size_t p = 0; p < sizeof policies / sizeof policies[0]; p++) {
+        struct outcome o = run(&m, N, policies[p]);
+
+        assert_same_rows(&full, &o);
+        assert_same_logits(&full, &o);
+        drop(&o);
+    }
+    drop(&full);
+}
+
 static void shares_give_each_head_its_part(void **state)
 {
     struct model m = fake_model();
@@ -394,6 +413,7 @@ int main(void)
         cmocka_unit_test(any_observation_can_cut),
         cmocka_unit_test(any_observation_can_choose_for_a_second_pass),
         cmocka_unit_test(a_decay_drops_a_few_tokens_after_each_layer),
+        cmocka_unit_test(a_replay_keeps_a_document_that_fits_its_budget),
         cmocka_unit_test(shares_give_each_head_its_part),
         cmocka_unit_test(duo_keeps_whole_heads_and_recent_rows),
         cmocka_unit_test(policies_that_are_not_computed_are_refused_by_name),
