@@ -156,7 +156,7 @@ $(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(need
 
 # tests/bench/bench_DIR_what.c likewise.
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
-$(B)/bench/bench_%: tests/bench/bench_%.c $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+$(B)/bench/bench_%: tests/bench/bench_%.c tests/bench/benchlib.h $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \

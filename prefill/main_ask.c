@@ -10,6 +10,7 @@
 
 #include "main_past.h"
 #include "mem.h"
+#include "pass.h"
 
 #define DEFAULT_MAX_NEW 128u
 
@@ -46,10 +47,10 @@ static int generate(struct ask *a, struct decode *d, float *logits, double start
     if (rc)
         return rc;
     r->top = json_top_logits(logits, a->s.backend->p->n_vocab);
-    first = clock_ms();
+    first = pass_clock_ms();
     r->first_ms = first - start;
     rc = answer_generate(&a->s, d, logits, &r->a, e);
-    r->decode_ms = clock_ms() - first;
+    r->decode_ms = pass_clock_ms() - first;
     return rc;
 }
 
@@ -124,7 +125,7 @@ static int ask_once(struct ask *a, const struct policy *policy, struct past *p, 
 static int ask_document(struct ask *a, const char *text, struct larder_err *e)
 {
     struct past past = {0};
-    double start = clock_ms();
+    double start = pass_clock_ms();
     struct policy policy;
     int rc = setup_policy(&a->s, text, &policy, e);
 
@@ -142,7 +143,7 @@ static int ask_image(struct ask *a, uint64_t fd, struct larder_err *e)
     int rc = past_from_image(&a->s, (int)fd, &past, e);
 
     if (!rc)
-        rc = ask_once(a, NULL, &past, clock_ms(), e);
+        rc = ask_once(a, NULL, &past, pass_clock_ms(), e);
     past_done(&past);
     return rc;
 }
@@ -186,10 +187,10 @@ static int read_question(const struct options *o, struct ask *a, struct larder_e
 
 static int load_weights(struct ask *a, struct larder_err *e)
 {
-    double start = clock_ms();
+    double start = pass_clock_ms();
     int rc = weights_load(&a->w, a->s.backend, e);
 
-    a->load_ms = clock_ms() - start;
+    a->load_ms = pass_clock_ms() - start;
     return rc;
 }
 

@@ -213,6 +213,5 @@ int json_lines_next(struct json_lines *l, json_t **ret, struct larder_err *e);
 void json_lines_done(struct json_lines *l);
 
 uint64_t peak_bytes(void); /* of this process */
-double clock_ms(void);
 
 #endif

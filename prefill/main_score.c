@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "logprob.h"
 #include "main_past.h"
 #include "mem.h"
 
@@ -150,20 +151,6 @@ static int read_questions(struct batch *b, const char *path, struct larder_err *
 
 /* ---- one question on one cache */
 
-/* x becomes log-probabilities. Sums in double: a vocabulary has many small terms. */
-static void log_softmax(float *x, uint32_t n)
-{
-    double max = x[0], sum = 0;
-
-    for (uint32_t i = 1; i < n; i++)
-        max = x[i] > max ? x[i] : max;
-    for (uint32_t i = 0; i < n; i++)
-        sum += exp(x[i] - max);
-    max += log(sum);
-    for (uint32_t i = 0; i < n; i++)
-        x[i] = (float)(x[i] - max);
-}
-
 static uint32_t rank_of(const float *x, uint32_t n, uint32_t id)
 {
     uint32_t rank = 1;
@@ -171,16 +158,6 @@ static uint32_t rank_of(const float *x, uint32_t n, uint32_t id)
     for (uint32_t i = 0; i < n; i++)
         rank += x[i] > x[id] || (x[i] == x[id] && i < id);
     return rank;
-}
-
-/* KL(p || q) over log-probabilities. */
-static double divergence(const float *p, const float *q, uint32_t n)
-{
-    double sum = 0;
-
-    for (uint32_t i = 0; i < n; i++)
-        sum += exp(p[i]) * ((double)p[i] - q[i]);
-    return sum;
 }
 
 /* The known answer's tokens; rows [n_gold][n_vocab] are logits, and log-probabilities after. */
@@ -192,10 +169,10 @@ static void score_gold(const struct question *q, float *rows, uint32_t n_vocab, 
         const float *ref = q->reference ? q->reference + (uint64_t)i * n_vocab : NULL;
         uint32_t id = q->ids[q->n + i];
 
-        log_softmax(x, n_vocab);
+        logprob_from(x, n_vocab);
         s->gold[i] = (struct gold){.rank = rank_of(x, n_vocab, id), .logprob = x[id]};
         if (ref) {
-            s->gold[i].kl = divergence(ref, x, n_vocab);
+            s->gold[i].kl = logprob_kl(ref, x, n_vocab);
             s->gold[i].agrees = answer_best(ref, n_vocab) == answer_best(x, n_vocab);
         }
     }

@@ -16,29 +16,13 @@
 struct work {
     const struct layer_view *x;
     ref_mul_fn *mul;
-    uint32_t row0, n; /* all rows, probe included */
-    float *panel;     /* keys: [n_kv_heads][padded n / 16][head_dim][16] */
-    uint64_t per_panel;
-    float *scratch; /* per worker: a block of queries and its logits */
+    uint32_t row0, n;      /* all rows, probe included */
+    struct ref_keys *keys; /* [n_kv_heads] */
+    float *scratch;        /* per worker: a block of queries and its logits */
     uint64_t per_worker;
     attention_row_fn *fn;
     void *arg;
 };
-
-static void pack_item(void *arg, uint32_t g, uint32_t worker)
-{
-    const struct work *w = arg;
-    uint32_t d = w->x->b->p->geom.head_dim;
-    float *row = w->scratch + worker * w->per_worker;
-
-    for (uint32_t j = 0; j < w->n; j++) {
-        float *to = w->panel + g * w->per_panel + (uint64_t)(j / REF_WIDE) * d * REF_WIDE;
-
-        observe_row(w->x, w->x->k, ((uint64_t)g * w->x->stride + j) * d, d, row);
-        for (uint32_t i = 0; i < d; i++)
-            to[(uint64_t)i * REF_WIDE + j % REF_WIDE] = row[i];
-    }
-}
 
 /* Written so that a NaN reaches the sum instead of vanishing in a maximum. */
 static void soften(float *x, uint32_t n)
@@ -60,12 +44,11 @@ static void block(const struct work *w, uint32_t h, uint32_t row, uint32_t rows,
     uint32_t d = w->x->b->p->geom.head_dim, seen = row + rows;
     uint64_t ld = ref_padded(w->n);
     float *logit = q + (uint64_t)REF_BLOCK * d, scale = (float)(1 / sqrt(d));
-    const float *panel = w->panel + h / observe_group(w->x) * w->per_panel;
+    const float *panel = w->keys[h / observe_group(w->x)].k;
     struct ref_mul mul = {q, d, rows, panel, REF_WIDE, (uint64_t)d * REF_WIDE, d, logit, ld, seen};
 
-    observe_row(w->x, w->x->q, ((uint64_t)h * w->x->stride + row) * d, rows * d, q);
-    for (uint32_t i = 0; i < rows * d; i++)
-        q[i] *= scale;
+    ref_scale(w->x->q, w->x->b->elem, ((uint64_t)h * w->x->stride + row) * d, (uint64_t)rows * d,
+              scale, q);
     w->mul(&mul);
     for (uint32_t i = 0; i < rows; i++) {
         soften(logit + i * ld, row + i + 1);
@@ -87,23 +70,22 @@ int observe_attention(const struct layer_view *x, uint32_t row0, attention_row_f
 {
     const struct kv_geom *geom = &x->b->p->geom;
     struct work w = {.x = x, .row0 = row0, .n = x->n + x->n_probe, .fn = fn, .arg = arg};
-    uint64_t wide = ref_padded(w.n);
+    struct ref_source keys = {x->k, NULL, x->b->elem, w.n, x->stride, NULL};
     const char *isa;
+    int rc = ref_gather(geom, &keys, &w.keys, e);
 
+    if (rc)
+        return rc;
     w.mul = ref_mul_pick(&isa);
-    w.per_panel = wide * geom->head_dim;
-    w.per_worker = REF_BLOCK * (geom->head_dim + wide);
-    w.panel = mem_aligned(geom->n_kv_heads * w.per_panel, sizeof *w.panel);
+    w.per_worker = REF_BLOCK * (geom->head_dim + (uint64_t)ref_padded(w.n));
     w.scratch = ref_scratch(x->b, w.per_worker);
-    if (w.panel && w.scratch) {
-        ref_for(x->b, geom->n_kv_heads, pack_item, &w);
+    if (w.scratch)
         ref_for(x->b, geom->n_heads, head_item, &w);
-    }
-    mem_free(w.panel);
+    else
+        rc = larder_fail(e, LARDER_ENOMEM, "no memory for attention over %u tokens", w.n);
     mem_free(w.scratch);
-    return w.panel && w.scratch
-               ? 0
-               : larder_fail(e, LARDER_ENOMEM, "no memory for attention over %u tokens", w.n);
+    ref_gather_free(w.keys, geom->n_kv_heads);
+    return rc;
 }
 
 /* ---- all rows */

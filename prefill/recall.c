@@ -7,8 +7,8 @@
 
 #include <ctype.h>
 #include <math.h>
-#include <string.h>
 
+#include "logprob.h"
 #include "mem.h"
 #include "tokenizer.h"
 
@@ -84,18 +84,12 @@ static int encode_around(const struct model *m, const struct template *tmpl, str
 {
     const struct tokenizer *t = model_tokenizer(m);
     const char *head = tmpl ? tmpl->ask_head : "\n\n", *tail = tmpl ? tmpl->ask_tail : "\n";
-    char buf[512];
-    size_t len = strlen(head), n = sizeof request - 1;
     int rc;
 
     if (!t)
         return 0;
-    if (len + n >= sizeof buf)
-        return larder_fail(e, LARDER_EINTERNAL, "a template's ask_head is too long");
-    memcpy(buf, head, len);
-    memcpy(buf + len, request, n);
-    rc = tokenizer_encode(t, buf, len + n, true, &a->head, &a->n_head, e);
-    return rc ? rc : tokenizer_encode(t, tail, strlen(tail), true, &a->tail, &a->n_tail, e);
+    rc = template_join(t, head, request, &a->head, &a->n_head, e);
+    return rc ? rc : template_join(t, tail, "", &a->tail, &a->n_tail, e);
 }
 
 static void append(struct probes *p, struct probe *b, uint32_t n_doc, const uint32_t *ids, size_t n)
@@ -179,23 +173,6 @@ void probes_free(struct probes *p)
 
 /* ---- the certificate */
 
-/* x becomes log-probabilities; returns the index of the largest. */
-static uint32_t log_softmax(float *x, uint32_t n)
-{
-    uint32_t best = 0;
-    double sum = 0, shift;
-
-    for (uint32_t i = 1; i < n; i++)
-        best = x[i] > x[best] ? i : best;
-    shift = x[best];
-    for (uint32_t i = 0; i < n; i++)
-        sum += exp(x[i] - shift);
-    shift += log(sum);
-    for (uint32_t i = 0; i < n; i++)
-        x[i] = (float)(x[i] - shift);
-    return best;
-}
-
 void certificate_add(struct certificate *c, const struct probe *p, float *full, float *kept,
                      uint32_t n_vocab)
 {
@@ -204,9 +181,8 @@ void certificate_add(struct certificate *c, const struct probe *p, float *full, 
     for (uint32_t t = 0; t < PROBE_QUOTE; t++) {
         float *a = full + (uint64_t)t * n_vocab, *b = kept + (uint64_t)t * n_vocab;
 
-        agree += log_softmax(a, n_vocab) == log_softmax(b, n_vocab);
-        for (uint32_t i = 0; i < n_vocab; i++)
-            own += exp(a[i]) * ((double)a[i] - b[i]);
+        agree += logprob_from(a, n_vocab) == logprob_from(b, n_vocab);
+        own += logprob_kl(a, b, n_vocab);
     }
     c->n_tokens += PROBE_QUOTE;
     c->n_probes++;

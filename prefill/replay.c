@@ -35,19 +35,6 @@ static void prompt_done(struct prompt *p)
     mem_free(p->head);
 }
 
-static int encode(const struct tokenizer *t, const char *head, const char *text, uint32_t **ret,
-                  size_t *ret_n, struct larder_err *e)
-{
-    char buf[512];
-    size_t a = strlen(head), n = strlen(text);
-
-    if (a + n >= sizeof buf)
-        return larder_fail(e, LARDER_EINTERNAL, "a template's ask_head is too long");
-    memcpy(buf, head, a);
-    memcpy(buf + a, text, n);
-    return tokenizer_encode(t, buf, a + n, true, ret, ret_n, e);
-}
-
 static int make_prompt(const struct model *m, const struct template *tmpl, struct prompt *p,
                        struct larder_err *e)
 {
@@ -58,12 +45,12 @@ static int make_prompt(const struct model *m, const struct template *tmpl, struc
 
     if (!t)
         return 0;
-    rc = encode(t, head, first_prompt, &p->first, &p->n_first, e);
+    rc = template_join(t, head, first_prompt, &p->first, &p->n_first, e);
     if (!rc)
-        rc = encode(t, head, next_prompt, &p->next, &p->n_next, e);
+        rc = template_join(t, head, next_prompt, &p->next, &p->n_next, e);
     if (!rc && tmpl)
-        rc = encode(t, tmpl->doc_head, "", &p->head, &p->n_head, e);
-    return rc ? rc : encode(t, tail, "", &p->tail, &p->n_tail, e);
+        rc = template_join(t, tmpl->doc_head, "", &p->head, &p->n_head, e);
+    return rc ? rc : template_join(t, tail, "", &p->tail, &p->n_tail, e);
 }
 
 /* Tokens at the start that are the chat form's and not the document's: nobody asks for them. */

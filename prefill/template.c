@@ -123,6 +123,22 @@ int template_document(const struct template *t, const struct tokenizer *tok, con
     return 0;
 }
 
+int template_join(const struct tokenizer *tok, const char *head, const char *text,
+                  uint32_t **ret_ids, size_t *ret_n, struct larder_err *e)
+{
+    size_t a = strlen(head), n = strlen(text);
+    char *both = mem_alloc(a + n, 1);
+    int rc;
+
+    if (!both)
+        return larder_fail(e, LARDER_ENOMEM, "no memory for a prompt");
+    memcpy(both, head, a);
+    memcpy(both + a, text, n);
+    rc = tokenizer_encode(tok, both, a + n, true, ret_ids, ret_n, e);
+    mem_free(both);
+    return rc;
+}
+
 int template_question(const struct template *t, const struct tokenizer *tok, const char *question,
                       size_t len, uint32_t **ret_ids, size_t *ret_n, struct larder_err *e)
 {

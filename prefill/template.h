@@ -40,6 +40,10 @@ int template_document(const struct template *t, const struct tokenizer *tok, con
 int template_question(const struct template *t, const struct tokenizer *tok, const char *question,
                       size_t len, uint32_t **ret_ids, size_t *ret_n, struct larder_err *e);
 
+/* Token ids of the two texts as one, special literals parsed: words of ours around the user's. */
+int template_join(const struct tokenizer *tok, const char *head, const char *text,
+                  uint32_t **ret_ids, size_t *ret_n, struct larder_err *e);
+
 /* A conversation rendered as the model's own chat template does it. */
 struct chat_message {
     const char *role;

@@ -9,9 +9,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "benchlib.h"
 #include "larder.h"
 #include "mem.h"
 
@@ -20,21 +20,6 @@
 #define N_FIRST 15
 #define REST_US 150000 /* between first fetches: the daemon prepares its next memory file */
 #define WAIT_MS 60000
-
-static double now_us(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
 
 static double median(double *v, size_t n)
 {

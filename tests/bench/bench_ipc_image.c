@@ -6,9 +6,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "benchlib.h"
 #include "image_plan.h"
 #include "mem.h"
 #include "memfile.h"
@@ -18,21 +18,6 @@
 #define N_KV 3u
 #define N_ROWS 2048u
 #define N_CTX 5000u
-
-static double now_us(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
 
 static int make_image(bool has_bias, int *ret_fd, uint64_t *ret_bytes)
 {

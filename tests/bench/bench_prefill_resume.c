@@ -9,9 +9,9 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "backend.h"
+#include "benchlib.h"
 #include "half.h"
 #include "mem.h"
 #include "packed.h"
@@ -20,21 +20,6 @@
 
 static const enum kv_dtype types[] = {KV_F32, KV_BF16, KV_INT8, KV_INT4};
 #define N_TYPES (sizeof types / sizeof types[0])
-
-static double now_us(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
 
 static void *need(void *p)
 {
