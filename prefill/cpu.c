@@ -2,8 +2,8 @@
  *
  * The one idea: between two points where rows must meet (attention), each block of 128 rows
  * goes through all its steps on one thread while it is in that thread's cache: norm,
- * product, rotation on the way in; output product, norm, MLP on the way out. Products are
- * oneDNN's, one thread a call; the pool hands blocks to threads as they come free. */
+ * product, rotation on the way in; output product, norm, MLP on the way out. Products
+ * are cpu_gemm.c's, one thread a call; the pool hands blocks to threads as they come free. */
 #include "cpu.h"
 
 #include <math.h>
@@ -579,19 +579,19 @@ static void multiply_rows(const struct output *o, uint32_t row, uint32_t n, floa
                                              ? ((const float *)o->rows)[at + k]
                                              : bf16_to_f32(((const uint16_t *)o->rows)[at + k]);
     }
-    mul_pick()(&(struct mul){.a = o->x,
-                             .a_row = n_hidden,
-                             .a_k = 1,
-                             .a_panel = MUL_WIDE * n_hidden,
-                             .b = panel,
-                             .b_k = MUL_WIDE,
-                             .b_panel = MUL_WIDE * (uint64_t)n_hidden,
-                             .c = o->out + o->first + row,
-                             .c_row = o->b->p->n_vocab,
-                             .c_panel = MUL_WIDE,
-                             .m = o->n,
-                             .n = n,
-                             .k = n_hidden});
+    cpu_of(o->b)->mul(&(struct mul){.a = o->x,
+                                    .a_row = n_hidden,
+                                    .a_k = 1,
+                                    .a_panel = MUL_WIDE * n_hidden,
+                                    .b = panel,
+                                    .b_k = MUL_WIDE,
+                                    .b_panel = MUL_WIDE * (uint64_t)n_hidden,
+                                    .c = o->out + o->first + row,
+                                    .c_row = o->b->p->n_vocab,
+                                    .c_panel = MUL_WIDE,
+                                    .m = o->n,
+                                    .n = n,
+                                    .k = n_hidden});
 }
 
 static void output_item(void *arg, uint32_t item, uint32_t worker)
@@ -704,6 +704,7 @@ static int cpu_open(struct backend **ret, const struct model *m, const struct ba
     if (!b)
         return larder_fail(e, LARDER_ENOMEM, "no memory for backend cpu");
     b->ref.mul = ref_mul_pick(&mul_isa);
+    b->mul = mul_pick();
     b->ref.base = (struct backend){.ops = &backend_cpu,
                                    .model = m,
                                    .p = model_params(m),

@@ -16,13 +16,14 @@
 #define CPU_ROWS 128u       /* rows of a pipeline item: its activations stay in L2 */
 #define CPU_MAX_SHAPES 256u /* primitives kept */
 
-/* W [n_out][n_in] in oneDNN's own layout. */
+/* W [n_out][n_in] as its product wants it. */
 struct cpu_matrix {
     uint32_t n_in, n_out;
-    dnnl_memory_t packed;
+    dnnl_memory_t packed; /* bf16: in oneDNN's own layout */
+    float *panel;         /* f32: W^T in panels for mul.h, [n_out / 16][n_in][16], zero-padded */
 };
 
-/* A product for one number of rows, created on first use and kept. */
+/* A product for one number of rows, created on first use and kept. f32 needs no primitive. */
 struct cpu_shape {
     uint32_t m, n_in, n_out;
     bool add; /* to what is there */
@@ -34,6 +35,7 @@ struct cpu_shape {
 struct cpu_backend {
     struct ref_backend ref; /* its product serves the window; first, so that it is one */
     struct thread_pool *pool;
+    mul_fn *mul;
     dnnl_engine_t engine;
     dnnl_stream_t stream;
     struct cpu_shape shape[CPU_MAX_SHAPES];
