@@ -17,6 +17,7 @@
 #include "keep.h"
 #include "mem.h"
 #include "observe.h"
+#include "ladder.h"
 #include "offline.h"
 #include "pack.h"
 #include "pass.h"
@@ -528,25 +529,15 @@ static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
     return rc;
 }
 
-/* What a policy asks for that is not computed; NULL: nothing. */
-static const char *missing(const struct policy *p)
-{
-    if (p->replay != 100)
-        return "replay of a share";
-    if (p->rows.kind == ROWS_AUTO)
-        return "rows=auto";
-    return NULL;
-}
-
 int engine_supports(const struct policy *p, struct larder_err *e)
 {
-    const char *what = missing(p);
     char text[POLICY_TEXT_MAX];
 
-    if (!what)
+    if (p->replay == 100)
         return 0;
     policy_print(p, text);
-    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s: %s is not available", text, what);
+    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s: replay of a share is not available",
+                       text);
 }
 
 /* The model's shares for the policy's budget, where it needs them: *ret is owned. */
@@ -569,50 +560,102 @@ static int set_shares(const struct engine_doc *doc, const struct kv_geom *g, str
     return 0;
 }
 
-int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
-                   const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
+/* A policy as it is computed: layers resolved, shares looked up. */
+struct ready {
+    struct policy p;
+    double *shares;
+};
+
+static int make_ready(const struct backend *b, const struct engine_doc *doc,
+                      const struct policy *policy, struct ready *ret, struct larder_err *e)
 {
-    const uint32_t *ids = doc->ids;
-    uint32_t n = doc->n;
-    struct policy p = *policy;
+    int rc = engine_supports(policy, e);
+
+    *ret = (struct ready){.p = *policy};
+    if (!rc)
+        rc = set_shares(doc, &b->p->geom, &ret->p, &ret->shares, e);
+    return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, e);
+}
+
+static int single(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
+                  const struct engine_sink *sink, struct engine_result *res, struct larder_err *e)
+{
+    struct ready ready;
+    struct policy *p = &ready.p;
     struct run proto = {.b = b,
                         .p = b->p,
-                        .policy = &p,
+                        .policy = p,
                         .sink = sink,
                         .pass = "prefill",
                         .precision = policy->precision};
-    struct engine_result res = {.n_ctx = n, .next_pos = n, .sel_layer = -1};
-    double start = pass_clock_ms(), *shares = NULL;
-    int rc = check_ids(b->p, ids, n, e);
+    int rc = make_ready(b, doc, policy, &ready, e);
 
     if (!rc)
-        rc = engine_supports(policy, e);
-    if (!rc)
-        rc = set_shares(doc, &b->p->geom, &p, &shares, e);
-    if (!rc)
-        rc = policy_resolve(&p, b->p->geom.n_layers, e);
-    if (!rc)
-        rc = set_budgets(&proto, n, e);
-    if (rc) {
-        mem_free(shares);
-        return rc;
+        rc = set_budgets(&proto, doc->n, e);
+    if (!rc && policy_is_two_pass(p) && proto.select >= doc->n)
+        *p = keep_everything(p); /* nothing to choose */
+    if (!rc && policy_is_two_pass(p))
+        rc = two_passes(&proto, doc->ids, doc->n, res, e);
+    else if (!rc)
+        rc = one_pass(&proto, doc->ids, doc->n, res, e);
+    mem_free(ready.shares);
+    return rc;
+}
+
+static int together(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
+                    const struct engine_sink *sink, uint32_t n, struct engine_result *res,
+                    struct larder_err *e)
+{
+    struct offline_want *want = mem_alloc(n, sizeof *want);
+    struct ready *ready = mem_zalloc(n, sizeof *ready);
+    int rc = want && ready ? 0 : no_memory(e, doc->n);
+
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        rc = make_ready(b, doc, &policy[i], &ready[i], e);
+        want[i] = (struct offline_want){&ready[i].p, &sink[i]};
     }
-    if (policy_is_two_pass(&p) && proto.select >= n)
-        p = keep_everything(&p); /* nothing to choose */
-    if (policy_is_replay(&p))
-        rc = offline_prefill(b, doc, &p, sink, &res, e);
-    else if (policy_is_two_pass(&p))
-        rc = two_passes(&proto, ids, n, &res, e);
-    else
-        rc = one_pass(&proto, ids, n, &res, e);
-    mem_free(shares);
-    if (rc) {
-        engine_result_done(&res);
-        return rc;
+    if (!rc)
+        rc = offline_prefill(b, doc, want, n, res, e);
+    for (uint32_t i = 0; ready && i < n; i++)
+        mem_free(ready[i].shares);
+    mem_free(ready);
+    mem_free(want);
+    return rc;
+}
+
+int engine_prefill_each(struct backend *b, const struct engine_doc *doc,
+                        const struct policy *policy, const struct engine_sink *sink, uint32_t n,
+                        struct engine_result *ret, struct larder_err *e)
+{
+    static const struct engine_sink nowhere = {0};
+    double start = pass_clock_ms();
+    int rc = check_ids(b->p, doc->ids, doc->n, e);
+
+    for (uint32_t i = 0; i < n; i++)
+        ret[i] = (struct engine_result){.n_ctx = doc->n, .next_pos = doc->n, .sel_layer = -1};
+    for (uint32_t i = 1; i < n && !rc; i++)
+        if (!policy_same_replay(&policy[0], &policy[i]))
+            rc = larder_fail(e, LARDER_EINVAL,
+                             "policies that do not share a replay cannot be prefilled together");
+    if (!rc && n == 1 && policy->rows.kind == ROWS_AUTO)
+        rc = ladder_prefill(b, doc, policy, sink, ret, e);
+    else if (!rc && policy_is_replay(policy))
+        rc = together(b, doc, policy, sink ? sink : &nowhere, n, ret, e);
+    else if (!rc)
+        rc = single(b, doc, policy, sink, ret, e);
+    for (uint32_t i = 0; i < n; i++) {
+        if (rc)
+            engine_result_done(&ret[i]);
+        else
+            ret[i].prefill_ms = pass_clock_ms() - start;
     }
-    res.prefill_ms = pass_clock_ms() - start;
-    *ret = res;
-    return 0;
+    return rc;
+}
+
+int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
+                   const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
+{
+    return engine_prefill_each(b, doc, policy, sink, 1, ret, e);
 }
 
 void engine_result_done(struct engine_result *r)

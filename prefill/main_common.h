@@ -16,6 +16,7 @@
 
 #include "backend.h"
 #include "calibrate.h"
+#include "cache.h"
 #include "engine.h"
 #include "larder_status.h"
 #include "model.h"
@@ -161,27 +162,6 @@ void document_done(struct document *d);
 
 /* A whole file of at most `max` bytes, NUL-terminated. */
 int file_read(const char *path, uint64_t max, char **ret, size_t *ret_len, struct larder_err *e);
-
-/* ---- rows of a prefill, kept in memory */
-
-struct cached_head {
-    uint32_t n_rows;
-    uint32_t *position;
-    void *k, *v; /* NULL when only positions were wanted */
-    float *bias; /* or NULL */
-    enum kv_dtype dtype;
-};
-
-struct cache {
-    struct kv_geom geom;
-    bool with_rows;
-    struct cached_head *head; /* [n_layers * n_kv_heads] */
-};
-
-int cache_init(struct cache *c, const struct backend *b, bool with_rows, struct larder_err *e);
-void cache_done(struct cache *c);
-/* engine_sink.layer; arg is the cache. */
-int cache_add(void *arg, uint32_t layer, const struct kept_rows *heads, struct larder_err *e);
 
 /* ---- answers */
 

@@ -99,20 +99,10 @@ int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct
     return 0;
 }
 
-int past_from_document(const struct engine_setup *s, const struct document *d,
-                       const struct policy *policy, struct past *p, struct larder_err *e)
+static void take_rows(const struct engine_setup *s, struct past *p)
 {
     const struct kv_geom *g = &s->backend->p->geom;
-    struct engine_sink sink = {&p->cache, cache_add, NULL};
-    struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
-    int rc = cache_init(&p->cache, s->backend, true, e);
 
-    if (!rc)
-        rc = alloc_past(s, p, e);
-    if (!rc)
-        rc = engine_prefill(s->backend, &doc, policy, &sink, &p->result, e);
-    if (rc)
-        return rc;
     for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
         const struct cached_head *h = &p->cache.head[i];
 
@@ -120,7 +110,32 @@ int past_from_document(const struct engine_setup *s, const struct document *d,
     }
     p->n_ctx = p->result.n_ctx;
     p->next_pos = p->result.next_pos;
-    return 0;
+}
+
+int past_from_document(const struct engine_setup *s, const struct document *d,
+                       const struct policy *policy, uint32_t n, struct past *p,
+                       struct larder_err *e)
+{
+    struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
+    struct engine_sink *sink = mem_alloc(n, sizeof *sink);
+    struct engine_result *result = mem_zalloc(n, sizeof *result);
+    int rc = sink && result ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
+
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        sink[i] = (struct engine_sink){&p[i].cache, cache_add, NULL};
+        rc = cache_init(&p[i].cache, s->backend, true, e);
+        if (!rc)
+            rc = alloc_past(s, &p[i], e);
+    }
+    if (!rc)
+        rc = engine_prefill_each(s->backend, &doc, policy, sink, n, result, e);
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        p[i].result = result[i];
+        take_rows(s, &p[i]);
+    }
+    mem_free(sink);
+    mem_free(result);
+    return rc;
 }
 
 /* ---- how much it is */

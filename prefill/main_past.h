@@ -24,8 +24,10 @@ struct past {
 };
 
 int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct larder_err *e);
+/* One for each of n policies that share a pass (engine_prefill_each()). */
 int past_from_document(const struct engine_setup *s, const struct document *d,
-                       const struct policy *policy, struct past *p, struct larder_err *e);
+                       const struct policy *policy, uint32_t n, struct past *p,
+                       struct larder_err *e);
 void past_done(struct past *p);
 
 /* Kept rows over all layers and KV heads, and their bytes as they are stored. */

@@ -1,7 +1,7 @@
 /* main_score.c - larder-prefill ask --questions: many questions with known answers on one cache.
  *
- * The one idea: a document is prefilled once per policy and every question is asked on the
- * same rows, in a session of its own. The known answer is forced, token by token in one
+ * The one idea: a document is prefilled once per policy - once for policies that share a replay -
+ * and every question is asked on the same rows, in a session of its own. The known answer is forced, token by token in one
  * step, so that each of its positions has logits; where it stops being what the model would
  * say, the session is rewound and the model's own answer goes on from there. The first
  * policy's log-probabilities are the reference for all later ones. */
@@ -296,7 +296,8 @@ static json_t *json_score(const struct batch *b, const struct question *q, const
         "dtype", kv_dtype_name(b->s.backend->elem), "isa", b->s.backend->isa);
     json_t *means = json_means(q, s);
 
-    if (!j || !means || json_object_update(j, means)) {
+    if (!j || !means || json_object_update(j, means) ||
+        json_object_set_new(j, "certificate", json_certificate(&p->result.certificate))) {
         json_decref(j);
         j = NULL;
     }
@@ -325,20 +326,40 @@ static int score_past(struct batch *b, const char *policy, const struct past *p,
     return rc;
 }
 
-static int score_document(struct batch *b, const char *text, struct larder_err *e)
+/* Policies first..first + n in one pass. */
+static int score_group(struct batch *b, const struct policy *policy, uint32_t n,
+                       struct larder_err *e)
 {
-    struct past past = {0};
+    struct past *past = mem_zalloc(n, sizeof *past);
     char canonical[POLICY_TEXT_MAX];
-    struct policy policy;
-    int rc = setup_policy(&b->s, text, &policy, e);
+    int rc = past ? past_from_document(&b->s, &b->doc, policy, n, past, e)
+                  : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
 
-    if (!rc)
-        rc = past_from_document(&b->s, &b->doc, &policy, &past, e);
-    if (!rc) {
-        policy_print(&policy, canonical);
-        rc = score_past(b, canonical, &past, e);
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        policy_print(&policy[i], canonical);
+        rc = score_past(b, canonical, &past[i], e);
     }
-    past_done(&past);
+    for (uint32_t i = 0; past && i < n; i++)
+        past_done(&past[i]);
+    mem_free(past);
+    return rc;
+}
+
+/* Neighbours that share a replay share the pass. */
+static int score_document(struct batch *b, const char *const *text, uint32_t n,
+                          struct larder_err *e)
+{
+    struct policy *p = mem_alloc(n, sizeof *p);
+    int rc = p ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
+
+    for (uint32_t i = 0; i < n && !rc; i++)
+        rc = setup_policy(&b->s, text[i], &p[i], e);
+    for (uint32_t i = 0, end; i < n && !rc; i = end) {
+        for (end = i + 1; end < n && policy_same_replay(&p[i], &p[end]); end++)
+            ;
+        rc = score_group(b, p + i, end - i, e);
+    }
+    mem_free(p);
     return rc;
 }
 
@@ -355,15 +376,12 @@ static int score_image(struct batch *b, uint64_t fd, struct larder_err *e)
 
 static int score_all(const struct options *o, struct batch *b, uint64_t fd, struct larder_err *e)
 {
-    int rc = 0;
+    static const char *const full = "full";
 
     if (o->n[OPTION_IMAGE_FD])
         return score_image(b, fd, e);
-    if (!o->n[OPTION_POLICY])
-        return score_document(b, "full", e);
-    for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++)
-        rc = score_document(b, o->value[OPTION_POLICY][i], e);
-    return rc;
+    return o->n[OPTION_POLICY] ? score_document(b, o->value[OPTION_POLICY], o->n[OPTION_POLICY], e)
+                               : score_document(b, &full, 1, e);
 }
 
 int main_score(const struct options *o, struct larder_err *e)

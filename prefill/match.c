@@ -3,12 +3,14 @@
  * The one idea: with queries fixed, both fits are least squares whose matrices are products of
  * probabilities with themselves. Probabilities are computed again for each pass, a few hundred
  * queries at a time in panels that stay in cache, so nothing of size queries x rows exists.
- * Rows are fitted in groups of consecutive chunks against the replay of those chunks alone:
- * what a chunk's rows are asked for is asked by its own replay, and a group's matrix
- * does not grow with the document. */
+ * Rows are fitted in groups of consecutive chunks against the replay of those chunks alone,
+ * with the first rows, which everything attends to, in every normaliser: what a chunk's rows
+ * are asked for is asked by its own replay. So all costs grow with the document, none with its
+ * square. */
 #include "match.h"
 
 #include <math.h>
+
 #include <string.h>
 
 #include "cpu.h"
@@ -45,38 +47,73 @@ void match_logits(const struct match *m, const float *q, uint32_t rows, const fl
                          .k = d});
 }
 
-/* What one block of queries says about all rows of the document. */
+/* Keys of a group's normaliser, by whole panels of 16: the first rows, where the group does not
+ * have them, then its own. Columns of the logits. */
+struct span {
+    uint32_t low;        /* row of the first panel of the group, */
+    uint32_t at;         /* its column, */
+    uint32_t from, wide; /* the column of the group's first row; of all */
+    uint32_t n_sinks;    /* columns 0..n_sinks */
+};
+
+static struct span span_of(const struct match_group *u)
+{
+    struct span s = {.low = u->row / MUL_WIDE * MUL_WIDE};
+
+    s.n_sinks = u->row < REPLAY_SINKS ? u->row : REPLAY_SINKS;
+    s.at = s.n_sinks ? MUL_WIDE : 0;
+    s.from = s.at + u->row - s.low;
+    s.wide = s.at + mul_padded(u->row + u->n_rows - s.low);
+    return s;
+}
+
+/* Logits of a row become probabilities; how much of them is the group's is returned. */
+static float normalise(float *x, const struct span *s, uint32_t n, float *ret_lse)
+{
+    float *p = x + s->from, max = cpu_max(p, n), sum, sinks = 0, scale;
+
+    if (s->n_sinks)
+        max = fmaxf(max, cpu_max(x, s->n_sinks));
+    sum = cpu_softmax_exp(p, n, n, max);
+    if (s->n_sinks)
+        sinks = cpu_softmax_exp(x, s->n_sinks, s->n_sinks, max);
+    *ret_lse = max + logf(sum + sinks);
+    scale = 1 / (sum + sinks);
+    for (uint32_t j = 0; j < n; j++)
+        p[j] *= scale;
+    return sum * scale;
+}
+
+/* What one block of queries says about the rows of its group. */
 static void stats_item(void *arg, uint32_t item, uint32_t worker)
 {
     struct match *m = arg;
     uint32_t g = item / m->n_blocks, d = m->b->p->geom.head_dim, pad = mul_padded(d);
     const struct match_block *k = &m->block[item % m->n_blocks];
     const struct match_group *u = &m->group[k->group];
-    uint64_t wide = mul_padded(m->r->n_doc), at = (uint64_t)g * m->n_queries + k->query;
+    struct span s = span_of(u);
+    uint64_t at = (uint64_t)g * m->n_queries + k->query;
     float *q = m->scratch + worker * m->per_worker, *x = q + (uint64_t)MATCH_ROWS * d;
-    float *square = m->square + (uint64_t)item * m->r->n_doc;
-    uint32_t n = m->r->n_doc;
+    float *square = m->square + (uint64_t)item * m->max_group;
 
     match_queries(m, g, k, q);
-    match_logits(m, q, k->rows, m->doc[g].k, n, x, wide, MUL_WIDE);
-    memset(square, 0, n * sizeof *square);
+    if (s.n_sinks)
+        match_logits(m, q, k->rows, m->doc[g].k, MUL_WIDE, x, s.wide, MUL_WIDE);
+    match_logits(m, q, k->rows, m->doc[g].k + (uint64_t)s.low * d, s.wide - s.at, x + s.at, s.wide,
+                 MUL_WIDE);
+    memset(square, 0, u->n_rows * sizeof *square);
     for (uint32_t i = 0; i < k->rows; i++) {
-        float *p = x + i * wide, max = cpu_max(p, n), mass = 0;
-        float sum = cpu_softmax_exp(p, n, n, max);
+        float *p = x + (uint64_t)i * s.wide;
 
-        m->lse[at + i] = max + logf(sum);
-        for (uint32_t j = 0; j < n; j++) {
-            p[j] /= sum;
+        m->mass[at + i] = normalise(p, &s, u->n_rows, &m->lse[at + i]);
+        p += s.from;
+        for (uint32_t j = 0; j < u->n_rows; j++)
             square[j] += p[j] * p[j];
-        }
-        for (uint32_t j = u->row; j < u->row + u->n_rows; j++)
-            mass += p[j];
-        m->mass[at + i] = mass;
     }
-    m->mul(&(struct mul){.a = x + u->row,
-                         .a_row = wide,
+    m->mul(&(struct mul){.a = x + s.from,
+                         .a_row = s.wide,
                          .a_k = 1,
-                         .a_panel = MUL_WIDE * wide,
+                         .a_panel = MUL_WIDE * s.wide,
                          .b = m->doc[g].v + (uint64_t)u->row * pad,
                          .b_k = pad,
                          .b_panel = MUL_WIDE,
@@ -88,20 +125,28 @@ static void stats_item(void *arg, uint32_t item, uint32_t worker)
                          .k = u->n_rows});
 }
 
-/* Sums over blocks, in their order. */
-static void score_item(void *arg, uint32_t g, uint32_t worker)
+/* Sums over the blocks of a group, in their order. */
+static void score_group(const struct match *m, uint32_t g, const struct match_group *u)
 {
-    struct match *m = arg;
-    uint32_t n = m->r->n_doc;
+    const float *square = m->square + ((uint64_t)g * m->n_blocks + u->block) * m->max_group;
+    float *score = m->score + (uint64_t)g * m->r->n_doc + u->row;
 
-    (void)worker;
-    for (uint32_t j = 0; j < n; j++) {
+    for (uint32_t j = 0; j < u->n_rows; j++) {
         double sum = 0;
 
-        for (uint32_t i = 0; i < m->n_blocks; i++)
-            sum += m->square[((uint64_t)g * m->n_blocks + i) * n + j];
-        m->score[(uint64_t)g * n + j] = (float)(sum / m->n_queries);
+        for (uint32_t i = 0; i < u->n_blocks; i++)
+            sum += square[(uint64_t)i * m->max_group + j];
+        score[j] = (float)(sum / m->n_queries);
     }
+}
+
+static void score_item(void *arg, uint32_t g, uint32_t worker)
+{
+    const struct match *m = arg;
+
+    (void)worker;
+    for (uint32_t i = 0; i < m->n_groups; i++)
+        score_group(m, g, &m->group[i]);
 }
 
 int match_layer(struct match *m, const struct replay_rows *x, const void *v,
@@ -166,29 +211,38 @@ static void make_groups(struct match *m, uint32_t span)
     }
 }
 
-static bool alloc(struct match *m)
+static bool alloc_plan(struct match *m)
 {
-    const struct kv_geom *geom = &m->b->p->geom;
-    uint32_t n_blocks = 0, pad = mul_padded(geom->head_dim);
-    uint64_t n = (uint64_t)geom->n_kv_heads * m->r->n_doc, queries;
+    uint32_t n_blocks = 0;
 
     for (uint32_t c = 0; c < m->r->n_chunks; c++)
         n_blocks += blocks_of(m, m->r->chunk[c].n);
-    queries = (uint64_t)geom->n_kv_heads * m->n_group * m->r->n_rows;
-    m->per_worker = MATCH_ROWS * (uint64_t)(geom->head_dim + mul_padded(m->r->n_doc));
     m->block = mem_alloc(n_blocks, sizeof *m->block);
     m->group = mem_alloc(m->r->n_chunks, sizeof *m->group);
+    return m->block && m->group;
+}
+
+static bool alloc(struct match *m)
+{
+    const struct kv_geom *geom = &m->b->p->geom;
+    uint32_t pad = mul_padded(geom->head_dim);
+    uint64_t n = (uint64_t)geom->n_kv_heads * m->r->n_doc;
+    uint64_t queries = (uint64_t)geom->n_kv_heads * m->n_queries;
+
+    m->per_worker =
+        MATCH_ROWS * (uint64_t)(geom->head_dim + mul_padded(m->max_group) + 2 * MUL_WIDE);
     m->scratch = mem_aligned(m->per_worker * m->b->n_threads, sizeof *m->scratch);
-    m->square = mem_aligned((uint64_t)geom->n_kv_heads * n_blocks * m->r->n_doc, sizeof *m->square);
+    m->square =
+        mem_aligned((uint64_t)geom->n_kv_heads * m->n_blocks * m->max_group, sizeof *m->square);
     m->lse = mem_aligned(queries, sizeof *m->lse);
     m->mass = mem_aligned(queries, sizeof *m->mass);
     m->y = mem_aligned(queries * pad, sizeof *m->y);
     m->score = mem_aligned(n, sizeof *m->score);
-    return m->block && m->group && m->scratch && m->square && m->lse && m->mass && m->y && m->score;
+    return m->scratch && m->square && m->lse && m->mass && m->y && m->score;
 }
 
-int match_open(struct match **ret, struct backend *b, const struct replay *r,
-               const struct match_opts *o, struct larder_err *e)
+int match_open(struct match **ret, struct backend *b, const struct replay *r, uint32_t span,
+               struct larder_err *e)
 {
     struct match *m = mem_zalloc(1, sizeof *m);
 
@@ -196,12 +250,16 @@ int match_open(struct match **ret, struct backend *b, const struct replay *r,
         *m = (struct match){.b = b,
                             .mul = mul_pick(),
                             .r = r,
-                            .o = *o,
                             .n_group = b->p->geom.n_heads / b->p->geom.n_kv_heads};
-        if (alloc(m)) {
-            make_groups(m, o->span);
-            *ret = m;
-            return 0;
+        if (alloc_plan(m)) {
+            make_groups(m, span);
+            for (uint32_t i = 0; i < m->n_groups; i++)
+                if (m->group[i].n_rows > m->max_group)
+                    m->max_group = m->group[i].n_rows;
+            if (alloc(m)) {
+                *ret = m;
+                return 0;
+            }
         }
     }
     match_close(m);

@@ -25,11 +25,11 @@ struct match;
 struct match_opts {
     enum kv_dtype precision; /* that keys will be stored in: KV_BF16, KV_INT8, KV_INT4 */
     bool with_bias;
-    uint32_t span; /* document rows that are fitted together, or 0: all */
 };
 
-int match_open(struct match **ret, struct backend *b, const struct replay *r,
-               const struct match_opts *o, struct larder_err *e);
+/* span: document rows that are fitted together, or 0: all. */
+int match_open(struct match **ret, struct backend *b, const struct replay *r, uint32_t span,
+               struct larder_err *e);
 void match_close(struct match *m);
 
 /* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. *ret_score: [n_kv_heads][n],
@@ -39,7 +39,7 @@ int match_layer(struct match *m, const struct replay_rows *x, const void *v,
 
 /* Fit the rows keep[t] (ascending) of a KV head: v[t][head_dim] and bias[t] (all zero without
  * with_bias; exactly representable in bf16). */
-int match_fit(struct match *m, uint32_t kv_head, const uint32_t *keep, uint32_t t, float *v,
-              float *bias, struct larder_err *e);
+int match_fit(struct match *m, const struct match_opts *o, uint32_t kv_head, const uint32_t *keep,
+              uint32_t t, float *v, float *bias, struct larder_err *e);
 
 #endif

@@ -332,8 +332,9 @@ static int fit_init(struct fit *f, const float *keys, struct larder_err *e)
     return 0;
 }
 
-static int fit_group(struct match *m, uint32_t g, const struct match_group *u, const uint32_t *keep,
-                     uint32_t t, const float *keys, float *v, float *bias, struct larder_err *e)
+static int fit_group(struct match *m, bool with_bias, uint32_t g, const struct match_group *u,
+                     const uint32_t *keep, uint32_t t, const float *keys, float *v, float *bias,
+                     struct larder_err *e)
 {
     struct fit f = {.m = m,
                     .g = g,
@@ -344,7 +345,7 @@ static int fit_group(struct match *m, uint32_t g, const struct match_group *u, c
                     .pad_d = mul_padded(m->b->p->geom.head_dim)};
     int rc = fit_init(&f, keys, e);
 
-    if (!rc && m->o.with_bias)
+    if (!rc && with_bias)
         rc = fit_bias(&f, bias, e);
     if (!rc)
         rc = fit_values(&f, v, e);
@@ -353,13 +354,13 @@ static int fit_group(struct match *m, uint32_t g, const struct match_group *u, c
 }
 
 /* The kept keys as a decoder will read them. */
-static int stored_keys(const struct match *m, uint32_t g, const uint32_t *keep, uint32_t t,
-                       float **ret, struct larder_err *e)
+static int stored_keys(const struct match *m, enum kv_dtype precision, uint32_t g,
+                       const uint32_t *keep, uint32_t t, float **ret, struct larder_err *e)
 {
     uint32_t d = m->b->p->geom.head_dim;
     float *k = mem_alloc((uint64_t)t * d, sizeof *k);
-    bool packs = packed_type(m->o.precision);
-    uint8_t *tile = packs ? mem_alloc(tile_bytes_k(m->o.precision, t, d), 1) : NULL;
+    bool packs = packed_type(precision);
+    uint8_t *tile = packs ? mem_alloc(tile_bytes_k(precision, t, d), 1) : NULL;
 
     if (!k || (packs && !tile)) {
         mem_free(k);
@@ -375,20 +376,20 @@ static int stored_keys(const struct match *m, uint32_t g, const uint32_t *keep, 
                                            : bf16_to_f32(f32_to_bf16(from[(uint64_t)c * MUL_WIDE]));
     }
     if (packs) {
-        packed_from_k(m->o.precision, k, t, d, tile);
-        packed_expand_k_f32(m->o.precision, tile, t, d, k);
+        packed_from_k(precision, k, t, d, tile);
+        packed_expand_k_f32(precision, tile, t, d, k);
     }
     mem_free(tile);
     *ret = k;
     return 0;
 }
 
-int match_fit(struct match *m, uint32_t kv_head, const uint32_t *keep, uint32_t t, float *v,
-              float *bias, struct larder_err *e)
+int match_fit(struct match *m, const struct match_opts *o, uint32_t kv_head, const uint32_t *keep,
+              uint32_t t, float *v, float *bias, struct larder_err *e)
 {
     uint32_t d = m->b->p->geom.head_dim, at = 0;
     float *keys = NULL;
-    int rc = stored_keys(m, kv_head, keep, t, &keys, e);
+    int rc = stored_keys(m, o->precision, kv_head, keep, t, &keys, e);
 
     memset(bias, 0, t * sizeof *bias);
     for (uint32_t i = 0; i < m->n_groups && !rc; i++) {
@@ -398,8 +399,8 @@ int match_fit(struct match *m, uint32_t kv_head, const uint32_t *keep, uint32_t 
         while (end < t && keep[end] < u->row + u->n_rows)
             end++;
         if (end > at)
-            rc = fit_group(m, kv_head, u, keep + at, end - at, keys + (uint64_t)at * d,
-                           v + (uint64_t)at * d, bias + at, e);
+            rc = fit_group(m, o->with_bias, kv_head, u, keep + at, end - at,
+                           keys + (uint64_t)at * d, v + (uint64_t)at * d, bias + at, e);
         at = end;
     }
     mem_free(keys);

@@ -31,22 +31,21 @@ struct match {
     struct backend *b;
     mul_fn *mul;
     const struct replay *r;
-    struct match_opts o;
     uint32_t n_group; /* query heads of a KV head */
     struct match_block *block;
     uint32_t n_blocks;
     struct match_group *group;
-    uint32_t n_groups;
-    uint32_t n_queries; /* of a KV head */
+    uint32_t n_groups, max_group; /* and the rows of the largest */
+    uint32_t n_queries;           /* of a KV head */
     /* of the present layer */
     struct replay_rows x; /* a copy: fits come after the call that gave it */
     struct ref_keys *doc; /* [n_kv_heads] */
-    float *lse;           /* [n_kv_heads][n_queries]: log of the sum over all document rows */
-    float *mass;          /* [n_kv_heads][n_queries]: probability of the group's rows */
-    float *y;             /* [n_kv_heads][n_queries][padded head_dim]: their output */
-    float *square;        /* [n_kv_heads][n_blocks][n]: sums of squared probabilities */
-    float *score;         /* [n_kv_heads][n] */
-    float *scratch;       /* [n_threads][per_worker] */
+    float *lse;    /* [n_kv_heads][n_queries]: log of the sum over the first rows and the group's */
+    float *mass;   /* [n_kv_heads][n_queries]: probability of the group's rows */
+    float *y;      /* [n_kv_heads][n_queries][padded head_dim]: their output */
+    float *square; /* [n_kv_heads][n_blocks][max_group]: sums of squared probabilities */
+    float *score;  /* [n_kv_heads][n] */
+    float *scratch; /* [n_threads][per_worker] */
     uint64_t per_worker;
 };
 

@@ -1,26 +1,24 @@
 /* offline.c - document, replay and probes through the layers side by side.
  *
- * The one idea: one list of rows, the document's first, then the replay's, then each probe's
- * twice. A layer projects and finishes all of them in one call; document rows attend among
- * themselves, the others to the document and causally to their own part. What the replay asks
- * of this layer is then known, its rows are chosen and refitted, and the probes' second copy
- * attends to those. Then the layer is done with: no cache of all layers ever exists. */
+ * The one idea: one list of rows, the document's first, then the replay's, then the probes',
+ * once for the full cache and once for each way of keeping (rung.h). A layer projects and
+ * finishes all of them in one call; document rows attend among themselves, the others to the
+ * document and causally to their own part. What the replay asks of this layer is then known,
+ * each rung chooses and refits its rows, and its copy of the probes attends to those. Then the
+ * layer is done with: no cache of all layers ever exists. */
 #include "offline.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "half.h"
-#include "hold.h"
-#include "keep.h"
 #include "match.h"
 #include "mem.h"
 #include "observe.h"
-#include "pack.h"
 #include "pass.h"
 #include "recall.h"
-#include "replay.h"
 #include "ref.h"
+#include "replay.h"
+#include "rung.h"
 
 /* Document rows that are fitted together: the fit's cost then grows with the document and not
  * with its cube, and its matrices stay below 20 MiB. Documents up to half as long again are
@@ -31,14 +29,16 @@ struct run {
     struct backend *b;
     const struct model_params *p;
     const struct engine_doc *doc;
-    const struct policy *policy;
-    const struct engine_sink *sink;
+    enum obs_kind obs;
+    const struct engine_sink *sink; /* whose progress() is asked */
+    struct rung *rung;
+    uint32_t n_rungs;
     struct replay *replay;
-    struct match *match;       /* NULL: nothing is fitted */
-    struct probes *probes;     /* NULL: nothing is certified */
-    uint32_t n, n_all;         /* rows of the document; of everything */
-    uint32_t at_full, at_kept; /* first row of the probes on the full cache; on the kept rows */
-    struct past_rows *past;    /* [n_kv_heads], of this layer */
+    struct match *match;    /* NULL: nothing is fitted */
+    struct probes *probes;  /* NULL: nothing is certified */
+    uint32_t n, n_all;      /* rows of the document; of everything */
+    uint32_t at_full;       /* first row of the probes on the full cache */
+    struct past_rows *past; /* [n_kv_heads], of this layer */
     uint64_t stride;
     float *hidden;
     uint32_t *pos;
@@ -47,11 +47,6 @@ struct run {
     double *score;   /* the same, or those of the match */
     float *worth;    /* [n_heads][n], replay+: what a row's value adds, or NULL */
     float *length;   /* [replay rows], replay+: 1 / length of the layer's input, or NULL */
-    struct keep keep;
-    struct packer packer;
-    struct hold hold;     /* shape=global: rows of all layers */
-    float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
-    float *bias;          /* [n_kv_heads][n] */
     double load_ms;
     const struct offline_watch *watch; /* scores are all that is wanted */
 };
@@ -60,6 +55,9 @@ struct run {
 
 static void run_done(struct run *r)
 {
+    for (uint32_t i = 0; i < r->n_rungs; i++)
+        rung_close(&r->rung[i]);
+    mem_free(r->rung);
     replay_free(r->replay);
     match_close(r->match);
     probes_free(r->probes);
@@ -74,12 +72,6 @@ static void run_done(struct run *r)
     mem_free(r->score);
     mem_free(r->worth);
     mem_free(r->length);
-    keep_done(&r->keep);
-    hold_done(&r->hold);
-    packer_done(&r->packer);
-    mem_free(r->fit_k);
-    mem_free(r->fit_v);
-    mem_free(r->bias);
 }
 
 static bool alloc(struct run *r)
@@ -97,7 +89,7 @@ static bool alloc(struct run *r)
     r->o = mem_aligned(g->n_heads, per_head);
     r->replayed = mem_alloc(kept, sizeof *r->replayed);
     r->score = mem_alloc(kept, sizeof *r->score);
-    if (r->policy->obs == OBS_REPLAY_PLUS) {
+    if (r->obs == OBS_REPLAY_PLUS) {
         r->worth = mem_alloc((uint64_t)g->n_heads * r->n, sizeof *r->worth);
         r->length = mem_alloc(r->n_all, sizeof *r->length);
         if (!r->worth || !r->length)
@@ -105,16 +97,6 @@ static bool alloc(struct run *r)
     }
     return r->hidden && r->pos && r->past && r->q && r->k && r->v && r->o && r->replayed &&
            r->score;
-}
-
-static bool alloc_fit(struct run *r)
-{
-    uint64_t kept = (uint64_t)r->p->geom.n_kv_heads * r->n;
-
-    r->fit_k = mem_alloc(kept, r->p->geom.head_dim * sizeof *r->fit_k);
-    r->fit_v = mem_alloc(kept, r->p->geom.head_dim * sizeof *r->fit_v);
-    r->bias = mem_alloc(kept, sizeof *r->bias);
-    return r->fit_k && r->fit_v && r->bias;
 }
 
 /* n rows at the end of the list. */
@@ -143,22 +125,51 @@ static int embed_all(struct run *r, struct larder_err *e)
     r->at_full = r->n_all;
     if (!rc && p)
         rc = embed(r, p->ids, p->pos, p->n_rows, e);
-    r->at_kept = r->n_all;
-    if (!rc && p)
+    for (uint32_t i = 0; i < r->n_rungs && p && !rc; i++) {
+        r->rung[i].probes = r->n_all;
         rc = embed(r, p->ids, p->pos, p->n_rows, e);
+    }
     return rc;
+}
+
+/* Rows that are chosen only at the end cannot be asked layer by layer. */
+static bool can_certify(const struct run *r)
+{
+    for (uint32_t i = 0; i < r->n_rungs; i++)
+        if (keep_waits(&r->rung[i].keep))
+            return false;
+    return r->n_rungs;
+}
+
+static bool any_fits(const struct run *r)
+{
+    for (uint32_t i = 0; i < r->n_rungs; i++)
+        if (rung_fits(&r->rung[i]))
+            return true;
+    return false;
+}
+
+/* Does any go by the replay's own scores? */
+static bool any_is_plain(const struct run *r)
+{
+    for (uint32_t i = 0; i < r->n_rungs; i++)
+        if (!rung_fits(&r->rung[i]) && r->rung[i].keep.n_room)
+            return true;
+    return r->watch;
 }
 
 static int run_init(struct run *r, uint32_t chunk, struct larder_err *e)
 {
     int rc = replay_plan(&r->replay, r->b->model, r->doc->tmpl, r->doc->ids, r->n, chunk, e);
 
-    /* rows that are chosen only at the end cannot be asked layer by layer */
-    if (!rc && !r->watch && !keep_waits(&r->keep))
-        rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids, r->n, e);
+    if (!rc && can_certify(r))
+        rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids,
+                         r->replay->chunk[0].start, r->n, e);
+    if (!rc && any_fits(r))
+        rc = match_open(&r->match, r->b, r->replay, MATCH_SPAN, e);
     if (rc)
         return rc;
-    r->n_all = r->n + r->replay->n_rows + (r->probes ? 2 * r->probes->n_rows : 0);
+    r->n_all = r->n + r->replay->n_rows + (r->probes ? (1 + r->n_rungs) * r->probes->n_rows : 0);
     r->stride = (r->n_all + 15ull) / 16 * 16;
     if (!alloc(r))
         return larder_fail(e, LARDER_ENOMEM, "no memory to prefill and replay %u tokens", r->n);
@@ -200,11 +211,7 @@ static int attend_part(struct run *r, uint64_t at, uint32_t n, struct larder_err
 
 static int attend_probes(struct run *r, uint32_t first, struct larder_err *e)
 {
-    int rc = 0;
-
-    for (uint32_t i = 0; r->probes && i < r->probes->n && !rc; i++)
-        rc = attend_part(r, first + r->probes->probe[i].first, r->probes->probe[i].n, e);
-    return rc;
+    return r->probes ? attend_part(r, first, r->probes->n_rows, e) : 0;
 }
 
 /* Everything but the document's rows. Those of the replay are not needed behind the last layer. */
@@ -221,12 +228,11 @@ static int attend_others(struct run *r, bool last, struct larder_err *e)
         rc = attend_part(r, r->n + (uint64_t)r->replay->chunk[i].first, r->replay->chunk[i].n, e);
     if (!rc)
         rc = attend_probes(r, r->at_full, e);
-    for (uint32_t h = 0; r->probes && h < g->n_kv_heads; h++) {
-        const struct kept_rows *k = &r->keep.heads[h];
-
-        r->past[h] = (struct past_rows){k->n_rows, k->dtype, k->k, k->v, k->bias};
+    for (uint32_t i = 0; i < r->n_rungs && r->probes && !rc; i++) {
+        rung_past(&r->rung[i], r->past);
+        rc = attend_probes(r, r->rung[i].probes, e);
     }
-    return rc ? rc : attend_probes(r, r->at_kept, e);
+    return rc;
 }
 
 static int finish(struct run *r, const struct layer *l, uint32_t row, uint32_t n,
@@ -294,100 +300,45 @@ static int weigh(struct run *r, uint32_t layer, struct larder_err *e)
     return rc;
 }
 
-static int score_rows(struct run *r, uint32_t layer, struct larder_err *e)
+/* Rungs that take these scores; NULL for those that take none. */
+static int keep_rows(struct run *r, uint32_t layer, const float *score, bool fits,
+                     struct larder_err *e)
 {
-    struct replay_rows x = {r->q, r->k, r->stride, NULL, NULL};
-    const float *score = r->replayed;
     uint64_t n = (uint64_t)r->p->geom.n_kv_heads * r->n;
-    int rc = 0;
-
-    if (r->worth) {
-        rc = weigh(r, layer, e);
-        x.worth = r->worth;
-        x.length = r->length;
-    }
-    if (!rc && r->match)
-        rc = match_layer(r->match, &x, r->v, &score, e);
-    else if (!rc)
-        rc = replay_score(r->b, r->replay, &x, r->replayed, e);
-    for (uint64_t i = 0; i < n && !rc; i++)
-        r->score[i] = score[i];
-    if (!rc && r->watch)
-        rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
-    return rc;
-}
-
-/* ---- rows */
-
-static void widen(const struct kept_rows *h, uint64_t n, float *k, float *v)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        bool f32 = h->dtype == KV_F32;
-
-        k[i] = f32 ? ((const float *)h->k)[i] : bf16_to_f32(((const uint16_t *)h->k)[i]);
-        v[i] = f32 ? ((const float *)h->v)[i] : bf16_to_f32(((const uint16_t *)h->v)[i]);
-    }
-}
-
-/* Refit the rows of one head where they stand for the dropped ones. */
-static int refit(struct run *r, uint32_t head, struct larder_err *e)
-{
-    struct kept_rows *h = &r->keep.heads[head];
-    uint64_t at = (uint64_t)head * r->n, d = r->p->geom.head_dim;
-    float *k = r->fit_k + at * d, *v = r->fit_v + at * d;
-
-    widen(h, h->n_rows * d, k, v);
-    h->k = k;
-    h->v = v;
-    h->dtype = KV_F32;
-    h->bias = r->policy->fit == FIT_MATCHING ? r->bias + at : NULL;
-    return match_fit(r->match, head, h->position, h->n_rows, v, r->bias + at, e);
-}
-
-static int deliver(struct run *r, uint32_t layer, struct larder_err *e)
-{
-    int rc = 0;
-
-    for (uint32_t g = 0; g < r->p->geom.n_kv_heads && r->match && !rc; g++)
-        rc = refit(r, g, e);
-    if (!rc)
-        rc = packer_layer(&r->packer, &r->p->geom, r->policy->precision, r->keep.heads, e);
-    if (!rc && r->sink && r->sink->layer)
-        rc = r->sink->layer(r->sink->arg, layer, r->keep.heads, e);
-    return rc;
-}
-
-static int observe(struct run *r, uint32_t layer, struct larder_err *e)
-{
     struct layer_rows x = {.layer = layer,
                            .n = r->n,
                            .stride = (uint32_t)r->stride,
                            .position = r->pos,
                            .k = r->k,
                            .v = r->v,
-                           .score = r->score};
-    int rc = score_rows(r, layer, e);
+                           .score = score ? r->score : NULL};
+    int rc = 0;
 
-    if (rc || r->watch)
-        return rc;
-    if (keep_waits(&r->keep))
-        return hold_add(&r->hold, &x, e);
-    rc = keep_layer(&r->keep, &x, e);
-    return rc ? rc : deliver(r, layer, e);
+    for (uint64_t i = 0; score && i < n; i++)
+        r->score[i] = score[i];
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        if (rung_fits(&r->rung[i]) == fits)
+            rc = rung_layer(&r->rung[i], &x, r->match, e);
+    return rc;
 }
 
-static int deliver_held(struct run *r, struct larder_err *e)
+static int observe(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    int rc;
+    struct replay_rows x = {r->q, r->k, r->stride, r->worth, r->length};
+    const float *score = NULL;
+    bool plain = any_is_plain(r);
+    int rc = r->worth ? weigh(r, layer, e) : 0;
 
-    if (!keep_waits(&r->keep))
-        return 0;
-    rc = keep_count_all(&r->keep, r->hold.layers, e);
-    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
-        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
-        if (!rc)
-            rc = deliver(r, l, e);
-    }
+    if (!rc && plain)
+        rc = replay_score(r->b, r->replay, &x, r->replayed, e);
+    if (!rc)
+        rc = keep_rows(r, layer, plain ? r->replayed : NULL, false, e);
+    if (!rc && r->match)
+        rc = match_layer(r->match, &x, r->v, &score, e);
+    if (!rc && r->match)
+        rc = keep_rows(r, layer, score, true, e);
+    if (!rc && r->watch)
+        rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
     return rc;
 }
 
@@ -409,113 +360,148 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
     return rc;
 }
 
-/* ---- the certificate */
+/* ---- certificates */
 
 static void probe_rows(const struct run *r, const struct probe *p, uint32_t first, float *to)
 {
     uint64_t n = r->p->n_hidden;
 
-    memcpy(to, r->hidden + (first + (uint64_t)p->first + p->scored) * n,
-           PROBE_QUOTE * n * sizeof *to);
+    memcpy(to, r->hidden + (first + (uint64_t)p->scored) * n, PROBE_QUOTE * n * sizeof *to);
 }
 
-/* A few probes at a time: logits are wide, and each call reads the output matrix again. */
-static int certify(struct run *r, struct certificate *c, struct larder_err *e)
+/* Logits [PROBE_QUOTE][n_vocab] of probes first..first + n, on the cache whose copy begins at
+ * row `copy`. Each call reads the output matrix: a few probes at a time, for logits are wide. */
+static int probe_logits(const struct run *r, uint32_t first, uint32_t n, uint32_t copy,
+                        float *hidden, float *logits, struct larder_err *e)
 {
-    enum { AT_ONCE = 4, ROWS = PROBE_QUOTE };
-    uint64_t n_hidden = r->p->n_hidden, n_vocab = r->p->n_vocab;
-    float *h = mem_aligned(2 * AT_ONCE * ROWS * n_hidden, sizeof *h);
-    float *x = mem_aligned(2 * AT_ONCE * ROWS * n_vocab, sizeof *x);
-    int rc = h && x ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for the probes' logits");
+    for (uint32_t k = 0; k < n; k++)
+        probe_rows(r, &r->probes->probe[first + k], copy,
+                   hidden + k * PROBE_QUOTE * (uint64_t)r->p->n_hidden);
+    return r->b->ops->logits(r->b, NULL, hidden, n * PROBE_QUOTE, logits, e);
+}
 
-    for (uint32_t i = 0; r->probes && i < r->probes->n && !rc; i += AT_ONCE) {
-        uint32_t n = r->probes->n - i < AT_ONCE ? r->probes->n - i : AT_ONCE;
+static int certify_some(struct run *r, uint32_t first, uint32_t n, float *hidden, float *full,
+                        float *kept, struct larder_err *e)
+{
+    uint64_t width = PROBE_QUOTE * (uint64_t)r->p->n_vocab;
+    int rc = probe_logits(r, first, n, r->at_full, hidden, full, e);
 
-        for (uint32_t k = 0; k < n; k++) {
-            probe_rows(r, &r->probes->probe[i + k], r->at_full, h + 2 * k * ROWS * n_hidden);
-            probe_rows(r, &r->probes->probe[i + k], r->at_kept, h + (2 * k + 1) * ROWS * n_hidden);
-        }
-        rc = r->b->ops->logits(r->b, NULL, h, 2 * n * ROWS, x, e);
+    for (uint32_t k = 0; k < n && !rc; k++)
+        certificate_reference(full + k * width, (uint32_t)r->p->n_vocab);
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++) {
+        rc = probe_logits(r, first, n, r->rung[i].probes, hidden, kept, e);
         for (uint32_t k = 0; k < n && !rc; k++)
-            certificate_add(c, &r->probes->probe[i + k], x + 2 * k * ROWS * n_vocab,
-                            x + (2 * k + 1) * ROWS * n_vocab, (uint32_t)n_vocab);
+            certificate_add(&r->rung[i].certificate, &r->probes->probe[first + k], full + k * width,
+                            kept + k * width, (uint32_t)r->p->n_vocab);
     }
-    if (!rc && c->n_probes && !isfinite(c->kl))
-        rc = larder_fail(e, LARDER_ENUMERIC, "the certificate is not finite; nothing was kept");
-    mem_free(h);
-    mem_free(x);
+    return rc;
+}
+
+static int certify(struct run *r, struct larder_err *e)
+{
+    enum { AT_ONCE = 8 };
+    uint64_t n_rows = AT_ONCE * PROBE_QUOTE, n_vocab = r->p->n_vocab;
+    float *hidden = mem_aligned(n_rows * r->p->n_hidden, sizeof *hidden);
+    float *full = mem_aligned(n_rows * n_vocab, sizeof *full);
+    float *kept = mem_aligned(n_rows * n_vocab, sizeof *kept);
+    int rc = hidden && full && kept
+                 ? 0
+                 : larder_fail(e, LARDER_ENOMEM, "no memory for the probes' logits");
+
+    for (uint32_t i = 0; i < r->probes->n && !rc; i += AT_ONCE)
+        rc = certify_some(r, i, r->probes->n - i < AT_ONCE ? r->probes->n - i : AT_ONCE, hidden,
+                          full, kept, e);
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        if (!isfinite(r->rung[i].certificate.kl))
+            rc = larder_fail(e, LARDER_ENUMERIC, "the certificate is not finite; nothing was kept");
+    mem_free(hidden);
+    mem_free(full);
+    mem_free(kept);
     return rc;
 }
 
 /* ---- the whole thing */
 
-static int open_keep(struct run *r, struct larder_err *e)
+static int run_layers(struct run *r, struct larder_err *e)
 {
-    uint32_t rows;
-    int rc = policy_rows(r->policy, &r->policy->rows, r->n, &rows, e);
+    int rc = 0;
 
-    if (!rc)
-        rc = keep_init(&r->keep, r->policy, &r->p->geom, r->b->elem, r->n, rows, e);
-    if (!rc && keep_waits(&r->keep))
-        rc = hold_init(&r->hold, &r->p->geom, r->b->elem, e);
+    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++)
+        rc = run_layer(r, l, e);
     return rc;
 }
 
-static int open_match(struct run *r, struct larder_err *e)
+static int open_rungs(struct run *r, const struct offline_want *want, uint32_t n,
+                      struct larder_err *e)
 {
-    struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING, MATCH_SPAN};
+    int rc = 0;
 
-    if (r->policy->fit == FIT_NONE)
-        return 0;
-    if (keep_waits(&r->keep))
-        return larder_fail(e, LARDER_EPOLICY,
-                           "policy: fit needs a layer's rows while its queries are there, and "
-                           "shape=global knows them only at the end; use shape=shares");
-    if (!alloc_fit(r))
-        return larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", r->n);
-    return match_open(&r->match, r->b, r->replay, &o, e);
+    r->rung = mem_zalloc(n, sizeof *r->rung);
+    if (!r->rung)
+        return larder_fail(e, LARDER_ENOMEM, "no memory to keep rows of %u tokens", r->n);
+    while (r->n_rungs < n && !rc) {
+        const struct offline_want *w = &want[r->n_rungs];
+
+        rc = rung_open(&r->rung[r->n_rungs++], r->b, w->policy, w->sink, r->n, e);
+    }
+    return rc;
 }
 
-int offline_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
-                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e)
+/* Logits are everybody's own. */
+static int take_results(struct run *r, struct engine_result *ret, struct larder_err *e)
 {
-    struct run r = {.b = b, .p = b->p, .doc = doc, .policy = policy, .sink = sink, .n = doc->n};
-    struct engine_result res = {.n_ctx = doc->n, .next_pos = doc->n, .sel_layer = -1};
-    int rc = open_keep(&r, e);
+    int rc = 0;
+
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++) {
+        ret[i] = (struct engine_result){.n_ctx = r->n,
+                                        .next_pos = r->n,
+                                        .sel_layer = -1,
+                                        .certificate = r->rung[i].certificate};
+        rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &ret[i].logits,
+                         &r->load_ms, e);
+        ret[i].load_ms = r->load_ms;
+    }
+    return rc;
+}
+
+int offline_prefill(struct backend *b, const struct engine_doc *doc,
+                    const struct offline_want *want, uint32_t n_wants, struct engine_result *ret,
+                    struct larder_err *e)
+{
+    const struct policy *p = want[0].policy;
+    struct run r = {
+        .b = b, .p = b->p, .doc = doc, .obs = p->obs, .sink = want[0].sink, .n = doc->n};
+    int rc = open_rungs(&r, want, n_wants, e);
 
     if (!rc)
-        rc = run_init(&r, policy->chunk, e);
+        rc = run_init(&r, p->chunk, e);
     if (!rc)
-        rc = open_match(&r, e);
-    for (uint32_t l = 0; l < b->p->geom.n_layers && !rc; l++)
-        rc = run_layer(&r, l, e);
+        rc = run_layers(&r, e);
+    for (uint32_t i = 0; i < n_wants && !rc; i++)
+        rc = rung_end(&r.rung[i], e);
+    if (!rc && r.probes)
+        rc = certify(&r, e);
     if (!rc)
-        rc = deliver_held(&r, e);
-    if (!rc)
-        rc = pass_logits(b, r.hidden + (uint64_t)(r.n - 1) * r.p->n_hidden, &res.logits, &r.load_ms,
-                         e);
-    if (!rc)
-        rc = certify(&r, &res.certificate, e);
-    res.load_ms = r.load_ms;
+        rc = take_results(&r, ret, e);
     run_done(&r);
-    if (rc)
-        engine_result_done(&res);
-    else
-        *ret = res;
     return rc;
 }
 
 int offline_scores(struct backend *b, const struct engine_doc *doc, uint32_t chunk,
                    const struct offline_watch *watch, struct larder_err *e)
 {
-    struct policy p = {.kind = POLICY_OFFLINE, .obs = OBS_REPLAY};
     struct engine_sink sink = {watch->arg, NULL, watch->progress};
-    struct run r = {
-        .b = b, .p = b->p, .doc = doc, .policy = &p, .sink = &sink, .n = doc->n, .watch = watch};
+    struct run r = {.b = b,
+                    .p = b->p,
+                    .doc = doc,
+                    .obs = OBS_REPLAY,
+                    .sink = &sink,
+                    .n = doc->n,
+                    .watch = watch};
     int rc = run_init(&r, chunk, e);
 
-    for (uint32_t l = 0; l < b->p->geom.n_layers && !rc; l++)
-        rc = run_layer(&r, l, e);
+    if (!rc)
+        rc = run_layers(&r, e);
     run_done(&r);
     return rc;
 }

@@ -175,4 +175,12 @@ static inline bool policy_is_replay(const struct policy *p)
     return p->obs == OBS_REPLAY || p->obs == OBS_REPLAY_PLUS;
 }
 
+/* Can both be kept from one replay? They ask the same of the document, and what differs comes
+ * after that. A ladder of its own (rows=auto) shares with nobody. */
+static inline bool policy_same_replay(const struct policy *a, const struct policy *b)
+{
+    return policy_is_replay(a) && a->obs == b->obs && a->chunk == b->chunk &&
+           a->replay == b->replay && a->rows.kind != ROWS_AUTO && b->rows.kind != ROWS_AUTO;
+}
+
 #endif

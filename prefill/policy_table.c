@@ -281,10 +281,8 @@ unsigned policy_keys_taken(const struct policy *p)
 
     if (p->kind == POLICY_FULL)
         return keys;
-    if (p->cut == CUT_OFF)
-        keys |= BIT(MAX_KL);
     if (policy_is_replay(p))
-        keys |= BIT(FIT);
+        keys |= BIT(FIT) | BIT(MAX_KL);
     if (policy_uses_profile(p))
         keys |= BIT(PROFILE);
     return keys | BIT(SINK);
@@ -316,8 +314,6 @@ static const char *why_not_cut(const struct policy *p)
         return "cut=decay is pyramidinfer's own; use cut=fixed or cut=adaptive";
     if (policy_is_replay(p))
         return "a replay must see every row of every layer; it takes cut=off";
-    if (p->rows.kind == ROWS_AUTO)
-        return "rows=auto compares with the full cache; it takes cut=off";
     if (policy_is_adaptive(p) && p->obs == OBS_RECENT)
         return "ranks by position never change, so cut=adaptive has nothing to wait for";
     if (policy_is_two_pass(p) && p->shape != SHAPE_UNIFORM)
@@ -331,8 +327,9 @@ static const char *why_not_shape(const struct policy *p)
 {
     if ((p->shape == SHAPE_HEADS) != (p->kind == POLICY_DUO))
         return "shape=heads is duo's own; use shape=shares";
-    if (p->rows.kind == ROWS_AUTO && p->shape == SHAPE_PYRAMID)
-        return "rows=auto has no budget that a pyramid could be built on";
+    if (p->rows.kind == ROWS_AUTO && (!policy_is_replay(p) || p->shape == SHAPE_GLOBAL))
+        return "rows=auto goes by the certificate, which only obs=replay with shape=shares, layer "
+               "or uniform has";
     if (p->obs == OBS_DOT && p->cut == CUT_OFF && p->shape != SHAPE_UNIFORM)
         return "inner products of different heads have no common scale; obs=dot takes "
                "shape=uniform";

@@ -87,6 +87,7 @@ def result(task, doc, scored, what):
           "top1_agree", "text", "prefill_ms")}
     r.update(what, id=task["id"], task=task["task"], doc=doc, found=results.found(task, r["text"]),
              right=bool(results.is_right(task, scored)),
+             cert_kl=(scored.get("certificate") or {}).get("kl"),
              ranks=[g["rank"] for g in scored["gold"]])
     r.update({k: task[k] for k in ("length", "depth") if k in task})
     if scored["policy"] == results.FULL and "full_answer" in task:
@@ -128,6 +129,19 @@ def run_all(engine, store, tasks, policies, what, args):
     return failed
 
 
+def report_certificates(by_policy):
+    """Do certificates tell good caches from bad ones?"""
+    entries = results.certified(by_policy)
+    if not entries:
+        return
+    kl, lost, answer_kl = zip(*entries)
+    print("\nrank correlation of the certificate's KL over %d caches: with the share of answers "
+          "lost %s, with the KL of the answers %s"
+          % (len(entries), *("-" if r is None else "%.2f" % r
+                             for r in (results.spearman(kl, lost),
+                                       results.spearman(kl, answer_kl)))))
+
+
 def report(store, tasks, policies, what, args):
     rows = results.table(store, tasks, policies, what, seed=args.seed)
     title = "%s: %d questions on %d documents; %s, %s; %s" % (
@@ -135,7 +149,9 @@ def report(store, tasks, policies, what, args):
         os.path.basename(args.model), what["dtype"], what["isa"])
     print(title + "\n")
     print(results.as_text(rows))
-    full = store.select([t["id"] for t in tasks], [results.FULL], what)[results.FULL]
+    by_policy = store.select([t["id"] for t in tasks], [results.FULL] + policies, what)
+    report_certificates(by_policy)
+    full = by_policy[results.FULL]
     recorded = [r["as_recorded"] for r in full.values() if "as_recorded" in r]
     if recorded:
         print("\nrecorded answers of the full cache that were given again: %d of %d"

@@ -109,6 +109,41 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def ranks(values):
+    """Ranks from 1; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    out, i = [0.0] * len(values), 0
+    while i < len(order):
+        j = i
+        while j < len(order) and values[order[j]] == values[order[i]]:
+            j += 1
+        for k in order[i:j]:
+            out[k] = (i + j + 1) / 2
+        i = j
+    return out
+
+
+def spearman(xs, ys):
+    """Rank correlation; None where one side is constant."""
+    a, b = ranks(xs), ranks(ys)
+    ma, mb = sum(a) / len(a) if a else 0, sum(b) / len(b) if b else 0
+    var = sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b)
+    return sum((x - ma) * (y - mb) for x, y in zip(a, b)) / var ** 0.5 if var else None
+
+
+def certified(by_policy):
+    """[(KL that an entry's certificate states, share of its answers lost, KL of its answers)]
+    of every pruned cache that has a certificate."""
+    entries = {}
+    for policy, got in by_policy.items():
+        for t, r in got.items():
+            full = by_policy[FULL].get(t)
+            if policy != FULL and full and full["right"] and r.get("cert_kl") is not None:
+                entries.setdefault((policy, r["doc"]), []).append(r)
+    return [(rs[0]["cert_kl"], sum(not r["right"] for r in rs) / len(rs),
+             mean([r["kl"] for r in rs])) for rs in entries.values()]
+
+
 def summarise(full, pruned, resamples=RESAMPLES, seed=SEED):
     """One row of the table, over the tasks that both have results for."""
     both = [(full[t], pruned[t]) for t in pruned if t in full]
@@ -131,6 +166,7 @@ def summarise(full, pruned, resamples=RESAMPLES, seed=SEED):
         "found": mean([p["found"] for _, p in both]),
         "rows": share([(p["rows"], f["rows"]) for f, p in size.values()]),
         "bytes": share([(p["row_bytes"], p["full_bytes"]) for _, p in size.values()]),
+        "cert_kl": mean([p.get("cert_kl") for _, p in size.values()]),
     }
 
 
@@ -150,6 +186,7 @@ COLUMNS = [
     ("kept right %", lambda p, r: percent(r["kept_right"], 0)),
     ("95 %", lambda p, r: interval(r["low"], r["high"])),
     ("KL", lambda p, r: "" if r["kl"] is None else "%.3f" % r["kl"]),
+    ("certified KL", lambda p, r: "" if r["cert_kl"] is None else "%.3f" % r["cert_kl"]),
     ("found %", lambda p, r: percent(r["found"], 0)),
     ("rows %", lambda p, r: percent(r["rows"], 1)),
     ("bytes %", lambda p, r: percent(r["bytes"], 1)),
@@ -185,7 +222,7 @@ def as_markdown(rows):
 
 
 CSV_FIELDS = ["policy", "n", "documents", "full_right", "kept_right", "low", "high", "kl",
-              "top1_agree", "found", "rows", "bytes"]
+              "top1_agree", "cert_kl", "found", "rows", "bytes"]
 
 
 def csv_rows(rows):

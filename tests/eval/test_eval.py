@@ -138,6 +138,28 @@ def the_bootstrap_matches_the_binomial():
 
 
 @claim
+def rank_correlation_is_that_of_the_definition():
+    assert results.ranks([10, 30, 20, 20]) == [1, 4, 2.5, 2.5]
+    assert results.spearman([1, 2, 3], [10, 20, 90]) == 1
+    assert results.spearman([1, 2, 3], [9, 4, 1]) == -1
+    # one swap of neighbours among five: 1 - 6 * 2 / (5 * 24)
+    assert abs(results.spearman([1, 2, 3, 4, 5], [1, 2, 3, 5, 4]) - 0.9) < 1e-12
+    assert results.spearman([1, 1], [1, 2]) is None
+
+
+@claim
+def a_certificate_stands_for_the_questions_on_its_cache():
+    got = by_id(result("a", "p", True, cert_kl=0.1, kl=0.2),
+                result("b", "p", False, cert_kl=0.1, kl=0.4),
+                result("c", "p", False, doc="e", cert_kl=0.3, kl=1.0),
+                result("d", "p", True, doc="f"))
+    full = by_id(*(result(k, results.FULL, True, doc=r["doc"]) for k, r in got.items()))
+    caches = sorted(results.certified({results.FULL: full, "p": got}))
+    assert len(caches) == 2 and caches[0][:2] == (0.1, 0.5) and caches[1] == (0.3, 1.0, 1.0)
+    assert abs(caches[0][2] - 0.3) < 1e-12
+
+
+@claim
 def single_answers_are_strict_and_lists_are_looked_for():
     strict = {"gold": "42"}
     assert not results.is_right(strict, {"all_top1": False, "text": " 42."})

@@ -130,20 +130,32 @@ static void eliminate(struct system *s, int n)
         }
 }
 
-/* Probabilities over the document of query i (chunk rows of all heads), and of kept rows. */
-static void query_row(const struct layer_data *l, int g, int i, const uint32_t *keep, int t,
-                      double *p_kept, double *y)
-{
-    const float *q = l->q[g * GROUP + i / REP][DOC + i % REP];
-    double p[DOC], sum = 0;
+/* Document rows that are fitted together, and the replay rows that ask for them. */
+struct part {
+    uint32_t row, n_rows, first, n;
+};
 
-    for (int j = 0; j < DOC; j++)
-        sum += p[j] = exp(dot(q, l->k[g][j]));
+static const struct part whole = {0, DOC, 0, REP}, second = {48, DOC - 48, 52, 48};
+
+/* Probabilities of query i (replay rows of all heads) over the first rows and the part: of the
+ * kept rows; the part's output and its share of the probability. */
+static double query_row(const struct layer_data *l, const struct part *u, int g, uint32_t i,
+                        const uint32_t *keep, int t, double *p_kept, double *y)
+{
+    const float *q = l->q[g * GROUP + i / u->n][DOC + u->first + i % u->n];
+    double p[DOC], sum = 0, mass = 0;
+
+    for (uint32_t j = 0; j < DOC; j++)
+        sum += p[j] = j < REPLAY_SINKS || (j >= u->row && j < u->row + u->n_rows)
+                          ? exp(dot(q, l->k[g][j]))
+                          : 0;
     for (int c = 0; c < D; c++)
         y[c] = 0;
-    for (int j = 0; j < DOC; j++)
+    for (uint32_t j = u->row; j < u->row + u->n_rows; j++) {
+        mass += p[j] / sum;
         for (int c = 0; c < D; c++)
             y[c] += p[j] / sum * l->v[g][j][c];
+    }
     for (int j = 0; j < t; j++) {
         float k[D];
 
@@ -151,11 +163,12 @@ static void query_row(const struct layer_data *l, int g, int i, const uint32_t *
             k[c] = bf16_to_f32(f32_to_bf16(l->k[g][keep[j]][c]));
         p_kept[j] = exp(dot(q, k)) / sum;
     }
+    return mass;
 }
 
 /* The equations of the weights that are free: which[0..n). */
-static int free_system(const struct system *all, const bool *fixed, const double *w, int *which,
-                       struct system *s)
+static int free_system(const struct system *all, const bool *fixed, const double *w, double ridge,
+                       int *which, struct system *s)
 {
     int n = 0;
 
@@ -164,32 +177,34 @@ static int free_system(const struct system *all, const bool *fixed, const double
             which[n++] = i;
     memset(s, 0, sizeof *s);
     for (int i = 0; i < n; i++) {
-        s->x[i][0] = all->x[which[i]][0] + 1e-6 * GROUP * REP;
+        s->x[i][0] = all->x[which[i]][0] + ridge;
         for (int j = 0; j < n; j++)
-            s->a[i][j] = all->a[which[i]][which[j]] + (i == j ? 1e-6 * GROUP * REP : 0);
+            s->a[i][j] = all->a[which[i]][which[j]] + (i == j ? ridge : 0);
         for (int j = 0; j < T; j++)
             s->x[i][0] -= fixed[j] ? all->a[which[i]][j] * w[j] : 0;
     }
     return n;
 }
 
-static void model_bias(const struct layer_data *l, int g, const uint32_t *keep, double *w)
+static void model_bias(const struct layer_data *l, const struct part *u, int g,
+                       const uint32_t *keep, double *w)
 {
     struct system all = {0}, s;
     bool fixed[T] = {0}, out = true;
     double p[T], y[D];
     int which[T];
 
-    for (int i = 0; i < GROUP * REP; i++) {
-        query_row(l, g, i, keep, T, p, y);
+    for (uint32_t i = 0; i < GROUP * u->n; i++) {
+        double mass = query_row(l, u, g, i, keep, T, p, y);
+
         for (int a = 0; a < T; a++) {
-            all.x[a][0] += p[a];
+            all.x[a][0] += p[a] * mass;
             for (int b = 0; b < T; b++)
                 all.a[a][b] += p[a] * p[b];
         }
     }
     for (int round = 0; round < 6 && out; round++) {
-        int n = free_system(&all, fixed, w, which, &s);
+        int n = free_system(&all, fixed, w, 1e-6 * GROUP * u->n, which, &s);
 
         out = false;
         eliminate(&s, n);
@@ -203,8 +218,8 @@ static void model_bias(const struct layer_data *l, int g, const uint32_t *keep, 
     }
 }
 
-static void model_fit(const struct layer_data *l, int g, const uint32_t *keep, bool bias,
-                      struct fitted *f)
+static void model_fit(const struct layer_data *l, const struct part *u, int g, const uint32_t *keep,
+                      bool bias, struct fitted *f)
 {
     struct system s = {0};
     double w[T], p[T], y[D];
@@ -212,19 +227,18 @@ static void model_fit(const struct layer_data *l, int g, const uint32_t *keep, b
     for (int i = 0; i < T; i++)
         w[i] = 1;
     if (bias)
-        model_bias(l, g, keep, w);
+        model_bias(l, u, g, keep, w);
     for (int i = 0; i < T; i++) {
         f->bias[i] = bf16_to_f32(f32_to_bf16((float)log(w[i])));
         w[i] = exp(f->bias[i]);
     }
-    for (int i = 0; i < GROUP * REP; i++) {
-        double den = 0;
+    for (uint32_t i = 0; i < GROUP * u->n; i++) {
+        double den = 0, mass = query_row(l, u, g, i, keep, T, p, y);
 
-        query_row(l, g, i, keep, T, p, y);
         for (int a = 0; a < T; a++)
             den += p[a] *= w[a];
         for (int a = 0; a < T; a++)
-            p[a] /= den;
+            p[a] *= mass / den;
         for (int a = 0; a < T; a++)
             for (int c = 0; c < D; c++)
                 y[c] -= p[a] * l->v[g][keep[a]][c];
@@ -236,19 +250,20 @@ static void model_fit(const struct layer_data *l, int g, const uint32_t *keep, b
         }
     }
     for (int a = 0; a < T; a++)
-        s.a[a][a] += 1e-5 * GROUP * REP;
+        s.a[a][a] += 1e-5 * GROUP * u->n;
     eliminate(&s, T);
     for (int a = 0; a < T; a++)
         for (int c = 0; c < D; c++)
             f->v[a][c] = l->v[g][keep[a]][c] + s.x[a][c];
 }
 
-static void check_fit(bool with_bias, uint32_t threads)
+/* T rows of a part, where `span` document rows are fitted together. */
+static void check_fit(const struct part *u, uint32_t span, bool with_bias, uint32_t threads)
 {
     struct layer_data *l = make_layer();
     struct model model = fake_model();
     struct backend *b = open_backend(&model, threads);
-    struct match_opts o = {KV_BF16, with_bias, 0};
+    struct match_opts o = {KV_BF16, with_bias};
     struct replay_rows x = l->x;
     struct match *m = NULL;
     const float *score;
@@ -257,13 +272,13 @@ static void check_fit(bool with_bias, uint32_t threads)
     struct fitted want;
 
     for (uint32_t i = 0; i < T; i++)
-        keep[i] = i * 4 + i % 3;
-    assert_int_equal(match_open(&m, b, &l->r, &o, NULL), 0);
+        keep[i] = u->row + (u->n_rows < 4 * T ? 2 * i : i * 4 + i % 3);
+    assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
     assert_int_equal(match_layer(m, &x, l->v, &score, NULL), 0);
     x = (struct replay_rows){NULL}; /* fits must not need the caller's struct again */
     for (uint32_t g = 0; g < FAKE_KV_HEADS; g++) {
-        assert_int_equal(match_fit(m, g, keep, T, v, bias, NULL), 0);
-        model_fit(l, (int)g, keep, with_bias, &want);
+        assert_int_equal(match_fit(m, &o, g, keep, T, v, bias, NULL), 0);
+        model_fit(l, u, (int)g, keep, with_bias, &want);
         for (int i = 0; i < T; i++) {
             assert_true(fabs(bias[i] - want.bias[i]) <= 0.02 * (1 + fabs(want.bias[i])));
             for (int c = 0; c < D; c++)
@@ -278,40 +293,52 @@ static void check_fit(bool with_bias, uint32_t threads)
 static void fits_follow_their_formulas(void **state)
 {
     (void)state;
-    check_fit(false, 1);
-    check_fit(true, 2);
+    check_fit(&whole, 0, false, 1);
+    check_fit(&whole, 0, true, 2);
+}
+
+static void a_group_is_fitted_to_its_own_replay(void **state)
+{
+    (void)state;
+    check_fit(&second, 40, false, 2);
+    check_fit(&second, 40, true, 3);
 }
 
 /* The mean over queries of the squared probability. */
-static void row_scores_are_mean_squares(void **state)
+static void check_scores(const struct part *u, uint32_t span)
 {
     struct layer_data *l = make_layer();
     struct model model = fake_model();
     struct backend *b = open_backend(&model, 3);
-    struct match_opts o = {KV_BF16, true, 0};
     uint32_t every[DOC];
     struct match *m = NULL;
     const float *score;
 
-    (void)state;
     for (uint32_t i = 0; i < DOC; i++)
         every[i] = i;
-    assert_int_equal(match_open(&m, b, &l->r, &o, NULL), 0);
+    assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
     assert_int_equal(match_layer(m, &l->x, l->v, &score, NULL), 0);
     for (int g = 0; g < FAKE_KV_HEADS; g++) {
         double want[DOC] = {0}, p[DOC], y[D];
 
-        for (int i = 0; i < GROUP * REP; i++) {
-            query_row(l, g, i, every, DOC, p, y);
+        for (uint32_t i = 0; i < GROUP * u->n; i++) {
+            query_row(l, u, g, i, every, DOC, p, y);
             for (int j = 0; j < DOC; j++)
                 want[j] += p[j] * p[j] / (GROUP * REP);
         }
-        for (int j = 0; j < DOC; j++) /* query_row() rounds the keys */
+        for (uint32_t j = u->row; j < u->row + u->n_rows; j++) /* query_row() rounds the keys */
             assert_true(fabs(score[g * DOC + j] - want[j]) < 0.03 * want[j] + 1e-6);
     }
     match_close(m);
     b->ops->close(b);
     free(l);
+}
+
+static void row_scores_are_mean_squares(void **state)
+{
+    (void)state;
+    check_scores(&whole, 0);
+    check_scores(&second, 40);
 }
 
 /* The same bytes for any number of threads, and in groups a fit that is still a fit. */
@@ -328,13 +355,13 @@ static void fits_do_not_depend_on_threads(void **state)
     for (uint32_t span = 0; span <= 40; span += 40)
         for (int i = 0; i < 2; i++) {
             struct backend *b = open_backend(&model, i ? 4 : 1);
-            struct match_opts o = {KV_INT4, true, span};
+            struct match_opts o = {KV_INT4, true};
             struct match *m = NULL;
             const float *score;
 
-            assert_int_equal(match_open(&m, b, &l->r, &o, NULL), 0);
+            assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
             assert_int_equal(match_layer(m, &l->x, l->v, &score, NULL), 0);
-            assert_int_equal(match_fit(m, 1, keep, 40, v[i], bias[i], NULL), 0);
+            assert_int_equal(match_fit(m, &o, 1, keep, 40, v[i], bias[i], NULL), 0);
             match_close(m);
             b->ops->close(b);
             if (i) {
@@ -441,19 +468,21 @@ static void probes_quote_the_document(void **state)
 
     (void)state;
     make_ids(ids, 400);
-    assert_int_equal(probes_make(&p, &m, NULL, ids, 400, NULL), 0);
+    assert_int_equal(probes_make(&p, &m, NULL, ids, 30, 400, NULL), 0);
     assert_int_equal(p->n, 400 / 64);
     for (uint32_t i = 0; i < p->n; i++) {
         const struct probe *b = &p->probe[i];
 
-        assert_true(b->at >= PROBE_CUE && b->at + PROBE_QUOTE <= 400);
+        assert_true(b->at >= 30 + PROBE_CUE && b->at + PROBE_QUOTE <= 400);
         assert_true(!i || b->at > p->probe[i - 1].at);
-        assert_int_equal(b->scored + PROBE_QUOTE, b->n);
-        assert_memory_equal(p->ids + b->first + b->scored + 1, ids + b->at,
-                            (PROBE_QUOTE - 1) * sizeof *ids);
+        assert_memory_equal(p->ids + b->scored + 1 - PROBE_CUE, ids + b->at - PROBE_CUE,
+                            (PROBE_CUE + PROBE_QUOTE) * sizeof *ids);
+        assert_true(b->scored + PROBE_QUOTE < p->n_rows);
     }
+    for (uint32_t i = 0; i < p->n_rows; i++)
+        assert_int_equal(p->pos[i], 400 + i);
     probes_free(p);
-    assert_int_equal(probes_make(&p, &m, NULL, ids, 12, NULL), 0);
+    assert_int_equal(probes_make(&p, &m, NULL, ids, 0, 12, NULL), 0);
     assert_int_equal(p->n, 0);
     probes_free(p);
 }
@@ -469,6 +498,7 @@ static void a_cache_certified_against_itself_is_perfect(void **state)
     (void)state;
     for (uint32_t i = 0; i < PROBE_QUOTE * V; i++)
         full[i] = kept[i] = 4 * test_randf(&seed);
+    certificate_reference(full, V);
     certificate_add(&c, &at[0], full, kept, V);
     assert_true(c.kl < 1e-9 && c.agreement == 1 && c.n_tokens == PROBE_QUOTE);
     for (uint32_t i = 0; i < PROBE_QUOTE * V; i++)
@@ -483,6 +513,7 @@ int main(void)
         cmocka_unit_test(replay_scores_follow_their_formula),
         cmocka_unit_test(row_scores_are_mean_squares),
         cmocka_unit_test(fits_follow_their_formulas),
+        cmocka_unit_test(a_group_is_fitted_to_its_own_replay),
         cmocka_unit_test(fits_do_not_depend_on_threads),
         cmocka_unit_test(systems_are_solved),
         cmocka_unit_test(an_indefinite_matrix_is_reported),

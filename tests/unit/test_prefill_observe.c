@@ -337,7 +337,6 @@ static void policies_that_are_not_computed_are_refused_by_name(void **state)
                                               {"offline", "calibration"},
                                               {"duo", "calibration"},
                                               {"snapkv,shape=shares", "calibration"},
-                                              {"snapkv,rows=auto", "not available"},
                                               {"kvzip,replay=50%", "not available"}};
     struct model m = fake_model();
 

@@ -115,9 +115,9 @@ static void combinations_without_meaning_are_refused(void **state)
     assert_refused("snapkv,shape=heads", "duo's own");
     assert_refused("snapkv,obs=dot,shape=layer", "no common scale");
     assert_refused("criticalkv,obs=keys", "takes an attention");
-    assert_refused("snapkv,rows=auto,cut=fixed", "takes cut=off");
-    assert_refused("pyramidkv,rows=auto", "no budget");
-    assert_refused("asl,rows=auto", "takes cut=off");
+    assert_refused("snapkv,rows=auto,cut=fixed", "goes by the certificate");
+    assert_refused("pyramidkv,rows=auto", "goes by the certificate");
+    assert_refused("asl,rows=auto", "goes by the certificate");
     assert_refused("matching,max_kl=0.1", "goes with rows=auto");
     assert_refused("keydiff,fit=matching", "keydiff does not take 'fit'");
     assert_refused("keydiff,obs=tail", "keydiff does not take 'obs'");

@@ -1,0 +1,121 @@
+/* rung.c - rows of a layer: chosen, refitted, packed, handed on. */
+#include "rung.h"
+
+#include <string.h>
+
+#include "half.h"
+#include "mem.h"
+
+static bool alloc_fit(struct rung *r)
+{
+    uint64_t kept = (uint64_t)r->geom->n_kv_heads * r->n;
+
+    r->fit_k = mem_alloc(kept, r->geom->head_dim * sizeof *r->fit_k);
+    r->fit_v = mem_alloc(kept, r->geom->head_dim * sizeof *r->fit_v);
+    r->bias = mem_alloc(kept, sizeof *r->bias);
+    return r->fit_k && r->fit_v && r->bias;
+}
+
+int rung_open(struct rung *r, const struct backend *b, const struct policy *policy,
+              const struct engine_sink *sink, uint32_t n, struct larder_err *e)
+{
+    uint32_t rows;
+    int rc = policy_rows(policy, &policy->rows, n, &rows, e);
+
+    *r = (struct rung){.policy = policy, .sink = sink, .geom = &b->p->geom, .n = n};
+    if (!rc)
+        rc = keep_init(&r->keep, policy, r->geom, b->elem, n, rows, e);
+    if (!rc && keep_waits(&r->keep))
+        rc = hold_init(&r->hold, r->geom, b->elem, e);
+    if (rc || !rung_fits(r))
+        return rc;
+    if (keep_waits(&r->keep))
+        return larder_fail(e, LARDER_EPOLICY,
+                           "policy: fit needs a layer's rows while its queries are there, and "
+                           "shape=global knows them only at the end; use shape=shares");
+    return alloc_fit(r) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
+}
+
+void rung_close(struct rung *r)
+{
+    keep_done(&r->keep);
+    hold_done(&r->hold);
+    packer_done(&r->packer);
+    mem_free(r->fit_k);
+    mem_free(r->fit_v);
+    mem_free(r->bias);
+    *r = (struct rung){0};
+}
+
+static void widen(const struct kept_rows *h, uint64_t n, float *k, float *v)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        bool f32 = h->dtype == KV_F32;
+
+        k[i] = f32 ? ((const float *)h->k)[i] : bf16_to_f32(((const uint16_t *)h->k)[i]);
+        v[i] = f32 ? ((const float *)h->v)[i] : bf16_to_f32(((const uint16_t *)h->v)[i]);
+    }
+}
+
+/* Refit the rows of one head where they stand for the dropped ones. */
+static int refit(struct rung *r, uint32_t head, struct match *m, struct larder_err *e)
+{
+    struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING};
+    struct kept_rows *h = &r->keep.heads[head];
+    uint64_t at = (uint64_t)head * r->n, d = r->geom->head_dim;
+    float *k = r->fit_k + at * d, *v = r->fit_v + at * d;
+
+    widen(h, h->n_rows * d, k, v);
+    h->k = k;
+    h->v = v;
+    h->dtype = KV_F32;
+    h->bias = o.with_bias ? r->bias + at : NULL;
+    return match_fit(m, &o, head, h->position, h->n_rows, v, r->bias + at, e);
+}
+
+static int deliver(struct rung *r, uint32_t layer, struct match *m, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t g = 0; g < r->geom->n_kv_heads && rung_fits(r) && !rc; g++)
+        rc = refit(r, g, m, e);
+    if (!rc)
+        rc = packer_layer(&r->packer, r->geom, r->policy->precision, r->keep.heads, e);
+    if (!rc && r->sink && r->sink->layer)
+        rc = r->sink->layer(r->sink->arg, layer, r->keep.heads, e);
+    return rc;
+}
+
+int rung_layer(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e)
+{
+    int rc;
+
+    if (keep_waits(&r->keep))
+        return hold_add(&r->hold, x, e);
+    rc = keep_layer(&r->keep, x, e);
+    return rc ? rc : deliver(r, x->layer, m, e);
+}
+
+int rung_end(struct rung *r, struct larder_err *e)
+{
+    int rc;
+
+    if (!keep_waits(&r->keep))
+        return 0;
+    rc = keep_count_all(&r->keep, r->hold.layers, e);
+    for (uint32_t l = 0; l < r->geom->n_layers && !rc; l++) {
+        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
+        if (!rc)
+            rc = deliver(r, l, NULL, e);
+    }
+    return rc;
+}
+
+void rung_past(const struct rung *r, struct past_rows *past)
+{
+    for (uint32_t g = 0; g < r->geom->n_kv_heads; g++) {
+        const struct kept_rows *h = &r->keep.heads[g];
+
+        past[g] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias};
+    }
+}

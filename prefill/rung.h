@@ -1,0 +1,53 @@
+/* rung.h - one way of keeping the rows of a replayed document, among several side by side.
+ *
+ * Purpose    A replay costs the same whatever is kept after it. So one pass (offline.h) serves any
+ *            number of policies that differ only in what follows the scores: budget, shape, fit,
+ *            precision. Each is a rung, with its own rows and its own certificate.
+ * Ownership  rung_open() allocates, rung_close() frees (also after a failed open). Policy and sink
+ *            are borrowed until then. Rows hold until the next layer.
+ * Threads    One caller; fits use the backend's.
+ * Errors     LARDER_EPOLICY, LARDER_EBUDGET, LARDER_ENUMERIC, LARDER_ENOMEM, the sink's.
+ */
+#ifndef LARDER_RUNG_H
+#define LARDER_RUNG_H
+
+#include "engine.h"
+#include "hold.h"
+#include "keep.h"
+#include "match.h"
+#include "pack.h"
+
+struct rung {
+    const struct policy *policy;
+    const struct engine_sink *sink; /* NULL, or without layer(): rows go nowhere */
+    const struct kv_geom *geom;
+    uint32_t n;       /* rows of the document */
+    uint32_t probes;  /* first row of the probes' copy that attends to this rung's rows */
+    struct keep keep; /* keep.heads: the rows of the layer at hand */
+    struct hold hold; /* shape=global: rows of all layers */
+    struct packer packer;
+    float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
+    float *bias;          /* [n_kv_heads][n] */
+    struct certificate certificate;
+};
+
+int rung_open(struct rung *r, const struct backend *b, const struct policy *policy,
+              const struct engine_sink *sink, uint32_t n, struct larder_err *e);
+void rung_close(struct rung *r);
+
+/* Are rows refitted, and so chosen by the match's scores? Not where none is dropped: then there is
+ * nothing to stand for. */
+static inline bool rung_fits(const struct rung *r)
+{
+    return r->policy->fit != FIT_NONE && r->keep.n_room;
+}
+
+/* Choose the rows of a scored layer, refit them (m is not NULL where rung_fits()) and hand them
+ * on; shape=global only keeps the layer until rung_end(). */
+int rung_layer(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e);
+int rung_end(struct rung *r, struct larder_err *e);
+
+/* The rows at hand as past rows [n_kv_heads]. */
+void rung_past(const struct rung *r, struct past_rows *past);
+
+#endif
