@@ -529,17 +529,6 @@ static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
     return rc;
 }
 
-int engine_supports(const struct policy *p, struct larder_err *e)
-{
-    char text[POLICY_TEXT_MAX];
-
-    if (p->replay == 100)
-        return 0;
-    policy_print(p, text);
-    return larder_fail(e, LARDER_EUNSUPPORTED, "policy %s: replay of a share is not available",
-                       text);
-}
-
 /* The model's shares for the policy's budget, where it needs them: *ret is owned. */
 static int set_shares(const struct engine_doc *doc, const struct kv_geom *g, struct policy *p,
                       double **ret, struct larder_err *e)
@@ -569,11 +558,10 @@ struct ready {
 static int make_ready(const struct backend *b, const struct engine_doc *doc,
                       const struct policy *policy, struct ready *ret, struct larder_err *e)
 {
-    int rc = engine_supports(policy, e);
+    int rc;
 
     *ret = (struct ready){.p = *policy};
-    if (!rc)
-        rc = set_shares(doc, &b->p->geom, &ret->p, &ret->shares, e);
+    rc = set_shares(doc, &b->p->geom, &ret->p, &ret->shares, e);
     return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, e);
 }
 

@@ -6,7 +6,7 @@
  * Ownership  Results are filled in and freed with engine_result_done().
  * Threads    One run at a time per backend.
  * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY,
- *            LARDER_EUNSUPPORTED (a policy that is not computed), LARDER_ENUMERIC (a
+ *            LARDER_EUNSUPPORTED (a policy that needs a calibration, and there is none), LARDER_ENUMERIC (a
  *            score or a logit is not finite: nothing may be stored), LARDER_ECANCELED, and the
  *            backend's.
  */
@@ -61,9 +61,6 @@ struct engine_result {
     struct certificate certificate; /* n_probes 0: none was made */
     double load_ms, prefill_ms;
 };
-
-/* LARDER_EUNSUPPORTED for a policy that parses and that this engine does not compute. */
-int engine_supports(const struct policy *p, struct larder_err *e);
 
 int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);

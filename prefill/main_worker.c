@@ -290,8 +290,6 @@ static int check_policy(struct job *j, const char *text, struct larder_err *e)
     uint32_t rows;
     int rc = policy_parse(text, &j->policy, e);
 
-    if (!rc)
-        rc = engine_supports(&j->policy, e);
     p = j->policy;
     if (!rc)
         rc = policy_resolve(&p, model_params(j->s.model)->geom.n_layers, e);

@@ -15,6 +15,7 @@
 #include "mem.h"
 #include "observe.h"
 #include "pass.h"
+#include "pick.h"
 #include "recall.h"
 #include "ref.h"
 #include "replay.h"
@@ -158,9 +159,26 @@ static bool any_is_plain(const struct run *r)
     return r->watch;
 }
 
-static int run_init(struct run *r, uint32_t chunk, struct larder_err *e)
+static int plan(struct run *r, uint32_t chunk, uint32_t percent, struct larder_err *e)
 {
+    bool *chosen;
     int rc = replay_plan(&r->replay, r->b->model, r->doc->tmpl, r->doc->ids, r->n, chunk, e);
+
+    if (rc || percent == 100)
+        return rc;
+    chosen = mem_alloc(r->n, sizeof *chosen);
+    if (!chosen)
+        return larder_fail(e, LARDER_ENOMEM, "no memory to choose among %u tokens", r->n);
+    rc = pick_tokens(r->b, r->doc, r->replay, percent, r->sink, chosen, e);
+    if (!rc)
+        replay_thin(r->replay, r->doc->ids, chosen);
+    mem_free(chosen);
+    return rc;
+}
+
+static int run_init(struct run *r, uint32_t chunk, uint32_t percent, struct larder_err *e)
+{
+    int rc = plan(r, chunk, percent, e);
 
     if (!rc && can_certify(r))
         rc = probes_make(&r->probes, r->b->model, r->doc->tmpl, r->doc->ids,
@@ -474,7 +492,7 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc,
     int rc = open_rungs(&r, want, n_wants, e);
 
     if (!rc)
-        rc = run_init(&r, p->chunk, e);
+        rc = run_init(&r, p->chunk, p->replay, e);
     if (!rc)
         rc = run_layers(&r, e);
     for (uint32_t i = 0; i < n_wants && !rc; i++)
@@ -498,7 +516,7 @@ int offline_scores(struct backend *b, const struct engine_doc *doc, uint32_t chu
                     .sink = &sink,
                     .n = doc->n,
                     .watch = watch};
-    int rc = run_init(&r, chunk, e);
+    int rc = run_init(&r, chunk, 100, e);
 
     if (!rc)
         rc = run_layers(&r, e);

@@ -148,6 +148,28 @@ int replay_plan(struct replay **ret, const struct model *m, const struct templat
     return 0;
 }
 
+void replay_thin(struct replay *r, const uint32_t *ids, const bool *chosen)
+{
+    uint32_t at = 0;
+
+    r->max_rows = 0;
+    for (uint32_t c = 0; c < r->n_chunks; c++) {
+        struct replay_chunk *k = &r->chunk[c];
+
+        k->first = at;
+        for (uint32_t i = k->start; i < k->end; i++) {
+            if (!chosen[i])
+                continue;
+            r->ids[at] = ids[i];
+            r->pos[at] = r->n_doc + at - k->first;
+            at++;
+        }
+        k->n = at - k->first;
+        r->max_rows = k->n > r->max_rows ? k->n : r->max_rows;
+    }
+    r->n_rows = at;
+}
+
 void replay_free(struct replay *r)
 {
     if (!r)

@@ -16,6 +16,8 @@
 #ifndef LARDER_REPLAY_H
 #define LARDER_REPLAY_H
 
+#include <stdbool.h>
+
 #include "backend.h"
 #include "template.h"
 
@@ -41,6 +43,9 @@ struct replay {
 int replay_plan(struct replay **ret, const struct model *m, const struct template *tmpl,
                 const uint32_t *ids, uint32_t n, uint32_t chunk, struct larder_err *e);
 void replay_free(struct replay *r);
+
+/* Leave only the chosen tokens of each chunk, without its prompt: chosen[n_doc]. */
+void replay_thin(struct replay *r, const uint32_t *ids, const bool *chosen);
 
 /* What the scores of one layer are made from. */
 struct replay_rows {

@@ -336,8 +336,7 @@ static void policies_that_are_not_computed_are_refused_by_name(void **state)
     static const char *const policies[][2] = {{"matching", "calibration"},
                                               {"offline", "calibration"},
                                               {"duo", "calibration"},
-                                              {"snapkv,shape=shares", "calibration"},
-                                              {"kvzip,replay=50%", "not available"}};
+                                              {"snapkv,shape=shares", "calibration"}};
     struct model m = fake_model();
 
     (void)state;
