@@ -59,14 +59,12 @@ int main_usage(struct larder_err *e, const char *fmt, ...)
     return MAIN_USAGE;
 }
 
-int option_number(const struct options *o, enum option_id k, uint64_t max, uint64_t *ret,
-                  struct larder_err *e)
+int option_number_at(const struct options *o, enum option_id k, uint32_t i, uint64_t max,
+                     uint64_t *ret, struct larder_err *e)
 {
-    const char *s = option_get(o, k);
+    const char *s = o->value[k][i];
     uint64_t n = 0;
 
-    if (!s)
-        return 0;
     for (const char *p = s; *p || p == s; p++) {
         if (*p < '0' || *p > '9' || n > (max - (uint64_t)(*p - '0')) / 10)
             return main_usage(e, "--%s takes a number from 0 to %llu, not '%.40s'", texts[k].name,
@@ -75,6 +73,12 @@ int option_number(const struct options *o, enum option_id k, uint64_t max, uint6
     }
     *ret = n;
     return 0;
+}
+
+int option_number(const struct options *o, enum option_id k, uint64_t max, uint64_t *ret,
+                  struct larder_err *e)
+{
+    return o->n[k] ? option_number_at(o, k, o->n[k] - 1, max, ret, e) : 0;
 }
 
 static void help(const struct command *c)

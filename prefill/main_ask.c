@@ -155,7 +155,7 @@ static int check(const struct options *o, struct larder_err *e)
     struct policy p;
     int rc = 0;
 
-    if (o->n[OPTION_IMAGE_FD] + o->n[OPTION_FILE] + o->n[OPTION_DOC_TOKENS] != 1)
+    if ((o->n[OPTION_IMAGE_FD] > 0) + o->n[OPTION_FILE] + o->n[OPTION_DOC_TOKENS] != 1)
         return main_usage(e, "ask needs one of --image-fd, --file and --doc-tokens");
     if (o->n_args > 1)
         return main_usage(e, "unexpected argument '%.64s'; put the question in quotes", o->arg[1]);
@@ -163,6 +163,8 @@ static int check(const struct options *o, struct larder_err *e)
         return main_usage(e, "ask needs one of QUESTION, --tokens and --questions");
     if (o->n[OPTION_QUESTIONS] && o->n[OPTION_TRACE])
         return main_usage(e, "--trace goes with one question");
+    if (o->n[OPTION_IMAGE_FD] > 1 && !o->n[OPTION_QUESTIONS])
+        return main_usage(e, "several --image-fd go with --questions");
     if (o->n[OPTION_IMAGE_FD] && o->n[OPTION_POLICY])
         return main_usage(e, "--policy goes with a document: an image has its policy");
     for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++)

@@ -35,7 +35,7 @@
     X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)")              \
     X(QUESTIONS, "questions", 1, "F", "JSONL of questions with known answers, scored one by one")  \
     X(STRINGS, "strings", 1, "F", "JSONL of strings to tokenise")                                  \
-    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image to resume from")                         \
+    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image; --questions takes several")                         \
     X(POLICY, "policy", 1, "P", "pruning policy; may be given several times")                      \
     X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)")                        \
     X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)")                                     \
@@ -75,6 +75,9 @@ static inline const char *option_get(const struct options *o, enum option_id k)
 /* Decimal number up to max; leaves *ret untouched when the option is absent. */
 int option_number(const struct options *o, enum option_id k, uint64_t max, uint64_t *ret,
                   struct larder_err *e);
+/* The same of the i-th value, which is there. */
+int option_number_at(const struct options *o, enum option_id k, uint32_t i, uint64_t max,
+                     uint64_t *ret, struct larder_err *e);
 
 /* Set the message and return MAIN_USAGE. */
 int main_usage(struct larder_err *e, const char *fmt, ...) LARDER_PRINTF(2, 3);

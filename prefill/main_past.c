@@ -94,6 +94,7 @@ int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct
                 (struct past_rows){r.n_rows, (enum kv_dtype)im.dtype, r.k, r.v, r.bias};
         }
     }
+    p->tokens = larder_image_tokens(&im);
     p->n_ctx = im.n_ctx;
     p->next_pos = im.next_pos;
     return 0;

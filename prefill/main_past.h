@@ -18,6 +18,7 @@ struct past {
     struct past_rows *rows; /* [n_layers * n_kv_heads], owned */
     uint32_t n_ctx, next_pos;
     const void *map; /* the image's */
+    const uint32_t *tokens; /* [n_ctx] of an image; borrowed from the map */
     uint64_t map_bytes;
     struct cache cache; /* the prefill's */
     struct engine_result result;

@@ -3,8 +3,9 @@
  * The one idea: a document is prefilled once per policy - once for policies that share a replay -
  * and every question is asked on the same rows, in a session of its own. The known answer is forced, token by token in one
  * step, so that each of its positions has logits; where it stops being what the model would
- * say, the session is rewound and the model's own answer goes on from there. The first
- * policy's log-probabilities are the reference for all later ones. */
+ * say, the session is rewound and the model's own answer goes on from there. The
+ * log-probabilities of the first policy, or of the first image, are the reference for all
+ * later ones. */
 #include "main_common.h"
 
 #include <math.h>
@@ -23,7 +24,7 @@ struct question {
     char *id;
     uint32_t *ids; /* [n + n_gold]: the question, then the known answer */
     uint32_t n, n_gold;
-    float *reference; /* [n_gold][n_vocab] log-probabilities of the first policy, or NULL */
+    float *reference; /* [n_gold][n_vocab] log-probabilities on the first cache, or NULL */
 };
 
 struct gold {
@@ -46,6 +47,7 @@ struct batch {
     struct question *q;
     uint32_t n;
     uint32_t max_new;
+    uint32_t image; /* which one is asked */
     bool ignore_eos, keep_reference;
 };
 
@@ -297,7 +299,8 @@ static json_t *json_score(const struct batch *b, const struct question *q, const
     json_t *means = json_means(q, s);
 
     if (!j || !means || json_object_update(j, means) ||
-        json_object_set_new(j, "certificate", json_certificate(&p->result.certificate))) {
+        json_object_set_new(j, "certificate", json_certificate(&p->result.certificate)) ||
+        (!policy && json_object_set_new(j, "image", json_integer(b->image)))) {
         json_decref(j);
         j = NULL;
     }
@@ -363,36 +366,55 @@ static int score_document(struct batch *b, const char *const *text, uint32_t n,
     return rc;
 }
 
-static int score_image(struct batch *b, uint64_t fd, struct larder_err *e)
-{
-    struct past past = {0};
-    int rc = past_from_image(&b->s, (int)fd, &past, e);
+/* ---- images: of one document, the first of them the reference */
 
-    if (!rc)
-        rc = score_past(b, NULL, &past, e);
-    past_done(&past);
+static int score_image(struct batch *b, int fd, const struct past *first, struct past *p,
+                       struct larder_err *e)
+{
+    int rc = past_from_image(&b->s, fd, p, e);
+
+    if (!rc && (p->n_ctx != first->n_ctx ||
+                memcmp(p->tokens, first->tokens, (uint64_t)p->n_ctx * sizeof *p->tokens)))
+        rc = larder_fail(e, LARDER_EINVAL, "image %u is not of the first one's document",
+                         b->image + 1);
+    return rc ? rc : score_past(b, NULL, p, e);
+}
+
+static int score_images(const struct options *o, struct batch *b, struct larder_err *e)
+{
+    struct past first = {0};
+    int rc = 0;
+
+    for (b->image = 0; b->image < o->n[OPTION_IMAGE_FD] && !rc; b->image++) {
+        struct past later = {0};
+        uint64_t fd = 0;
+
+        rc = option_number_at(o, OPTION_IMAGE_FD, b->image, 1u << 20, &fd, e);
+        if (!rc)
+            rc = score_image(b, (int)fd, &first, b->image ? &later : &first, e);
+        past_done(&later);
+    }
+    past_done(&first);
     return rc;
 }
 
-static int score_all(const struct options *o, struct batch *b, uint64_t fd, struct larder_err *e)
+static int score_all(const struct options *o, struct batch *b, struct larder_err *e)
 {
     static const char *const full = "full";
 
     if (o->n[OPTION_IMAGE_FD])
-        return score_image(b, fd, e);
+        return score_images(o, b, e);
     return o->n[OPTION_POLICY] ? score_document(b, o->value[OPTION_POLICY], o->n[OPTION_POLICY], e)
                                : score_document(b, &full, 1, e);
 }
 
 int main_score(const struct options *o, struct larder_err *e)
 {
-    uint64_t fd = 0, max_new = DEFAULT_MAX_NEW;
+    uint64_t max_new = DEFAULT_MAX_NEW;
     struct batch b = {.ignore_eos = o->n[OPTION_IGNORE_EOS],
-                      .keep_reference = o->n[OPTION_POLICY] > 1};
-    int rc = option_number(o, OPTION_IMAGE_FD, 1u << 20, &fd, e);
+                      .keep_reference = o->n[OPTION_POLICY] > 1 || o->n[OPTION_IMAGE_FD] > 1};
+    int rc = option_number(o, OPTION_MAX_NEW, KV_MAX_CTX, &max_new, e);
 
-    if (!rc)
-        rc = option_number(o, OPTION_MAX_NEW, KV_MAX_CTX, &max_new, e);
     b.max_new = (uint32_t)max_new;
     if (!rc)
         rc = setup_open(o, &b.s, e);
@@ -404,7 +426,7 @@ int main_score(const struct options *o, struct larder_err *e)
     if (!rc)
         rc = weights_load(&b.w, b.s.backend, e);
     if (!rc)
-        rc = score_all(o, &b, fd, e);
+        rc = score_all(o, &b, e);
     questions_done(&b);
     document_done(&b.doc);
     weights_free(b.w);
