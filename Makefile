@@ -60,6 +60,7 @@ LIBS_store   := -llmdb -lzstd -lxxhash -lm $(LIBS_base)
 LIBS_ipc     := -ljansson $(LIBS_base)
 LIBS_prefill := -ldnnl -lgomp -lutf8proc -ljansson -lm $(LIBS_base)
 LIBS_client  := -ljansson
+LIBS_cli     := $(LIBS_client) -lm $(LIBS_base)
 LIBS_daemon  := -levent_core -lsystemd $(LIBS_store) $(LIBS_ipc)
 LIBS_tests   := -lcmocka
 
@@ -117,7 +118,7 @@ $(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc bas
 
 $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	@$(call say,LD,$@)
-	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) $(LIBS_base)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_cli)
 
 # liblarder: the client library with the parts of ipc and base it needs. Decoders
 # link this, so it exports larder_* only and pulls in no library but jansson: what needs

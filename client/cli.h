@@ -12,6 +12,7 @@
 #define LARDER_CLI_H
 
 #include <stdio.h>
+#include <time.h>
 
 #include "lib.h"
 
@@ -49,11 +50,22 @@ enum cli_opt {
     OPT_THREADS,
     OPT_NO_BUILTIN,
     OPT_EXPORT,
+    OPT_RESULTS,
+    OPT_LIMIT,
+    OPT_KEEP,
+    OPT_SEED,
+    OPT_CSV,
+    OPT_MARKDOWN,
+    OPT_HTML,
     N_OPTS
 };
 
+#define CLI_MAX_POLICIES 32
+
 struct cli {
     const char *opt[N_OPTS]; /* value, "" for a flag that is given, NULL when absent */
+    const char *policy[CLI_MAX_POLICIES]; /* every --policy, in order */
+    int n_policies;
     const char **arg;        /* what is left: [n_args] */
     int n_args;
     bool tty;            /* stdout is a terminal and --json is off: tables, readable units */
@@ -63,7 +75,8 @@ struct cli {
 typedef int cli_command(struct cli *c, struct larder_err *e);
 
 cli_command cli_put, cli_ls, cli_show, cli_rm, cli_pin, cli_ask, cli_trace, cli_status, cli_verify,
-    cli_explain, cli_jobs, cli_cancel, cli_models, cli_calibrate, cli_show_model;
+    cli_explain, cli_jobs, cli_cancel, cli_models, cli_calibrate, cli_show_model,
+    cli_eval;
 
 /* c->conn, connected on first use. */
 int cli_connect(struct cli *c, struct larder_err *e);
@@ -114,6 +127,9 @@ char *cli_time(const struct cli *c, uint64_t unix_seconds);
 /* A key: 12 digits on a terminal, else all. */
 char *cli_key(const struct cli *c, const char *hex);
 
+/* Milliseconds since a time of CLOCK_MONOTONIC. */
+double cli_ms_since(const struct timespec *t0);
+
 /* Members of a received object, for display: "" or 0 when absent or of another type. */
 const char *cli_str(const json_t *j, const char *key);
 uint64_t cli_num(const json_t *j, const char *key);
@@ -121,7 +137,7 @@ bool cli_true(const json_t *j, const char *key);
 
 /* Lines of cells, owned by the table; the first line is the heading and is printed on a terminal
  * only. Cells that begin with a digit are set flush right. */
-#define CLI_MAX_COLS 12
+#define CLI_MAX_COLS 20
 struct cli_table {
     unsigned n_cols;
     size_t n_cells, cap;

@@ -41,14 +41,6 @@ struct ask {
     struct larder_lease lease;
 };
 
-static double ms_since(const struct timespec *t0)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)(t.tv_sec - t0->tv_sec) * 1e3 + (double)(t.tv_nsec - t0->tv_nsec) / 1e6;
-}
-
 static int check_ask(const struct cli *c, struct ask *a, struct larder_err *e)
 {
     bool file = c->opt[OPT_FILE] || c->opt[OPT_DOC_TOKENS];
@@ -102,7 +94,7 @@ static int fetch_entry(struct cli *c, struct ask *a, struct larder_err *e)
         return rc;
     clock_gettime(CLOCK_MONOTONIC, &t0);
     rc = larder_fetch_with(c->conn, a->ref, &as_stored, CLI_WORK_MS, &a->lease, e);
-    a->fetch_ms = ms_since(&t0);
+    a->fetch_ms = cli_ms_since(&t0);
     return rc;
 }
 

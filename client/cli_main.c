@@ -45,9 +45,16 @@ static const struct option_row options[N_OPTS] = {
     [OPT_THREADS] = {"threads", "N", "threads; default: one per processor"},
     [OPT_NO_BUILTIN] = {"no-builtin", NULL, "measure on the given texts alone"},
     [OPT_EXPORT] = {"export", "FILE", "write the profile to a file ('-': standard output)"},
+    [OPT_RESULTS] = {"results", "FILE", "what was measured, and is not measured again"},
+    [OPT_LIMIT] = {"limit", "N", "only the first N documents"},
+    [OPT_KEEP] = {"keep", NULL, "leave the entries stored"},
+    [OPT_SEED] = {"seed", "N", "of the intervals; default: 1"},
+    [OPT_CSV] = {"csv", "FILE", "write the table as CSV"},
+    [OPT_MARKDOWN] = {"markdown", "FILE", "write the table as Markdown"},
+    [OPT_HTML] = {"html", "FILE", "write a page with drawings"},
 };
 
-#define MAX_COMMAND_OPTS 12
+#define MAX_COMMAND_OPTS 16
 #define NONE N_OPTS /* ends a list */
 
 struct command_row {
@@ -91,6 +98,9 @@ static const struct command_row commands[] = {
      cli_calibrate, 1, -1, {OPT_NO_BUILTIN, OPT_TEMPLATE, OPT_THREADS, NONE}},
     {"show-model", "MODEL", "Describe a model and its profile.", cli_show_model, 1, 1,
      {OPT_EXPORT, NONE}},
+    {"eval", "[TASKS.jsonl]", "Measure what stored caches still answer.", cli_eval, 0, 1,
+     {OPT_POLICY, OPT_MODEL, OPT_TEMPLATE, OPT_NAMESPACE, OPT_LIMIT, OPT_MAX_NEW, OPT_THREADS,
+      OPT_KEEP, OPT_RESULTS, OPT_SEED, OPT_CSV, OPT_MARKDOWN, OPT_HTML, NONE}},
 };
 /* clang-format on */
 #define N_COMMANDS (sizeof commands / sizeof *commands)
@@ -247,6 +257,10 @@ static int parse(struct cli *c, const struct command_row *cmd, int argc, char **
         else if (v == 'V')
             v = 256 + OPT_VERSION;
         c->opt[v - 256] = optarg ? optarg : "";
+        if (v - 256 == OPT_POLICY && c->n_policies == CLI_MAX_POLICIES)
+            return cli_usage(e, "more than %d times --policy", CLI_MAX_POLICIES);
+        if (v - 256 == OPT_POLICY)
+            c->policy[c->n_policies++] = optarg;
     }
     return 0;
 }

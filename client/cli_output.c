@@ -105,6 +105,14 @@ char *cli_key(const struct cli *c, const char *hex)
     return cli_text("%.*s", c->tty ? 12 : 64, hex);
 }
 
+double cli_ms_since(const struct timespec *t0)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)(t.tv_sec - t0->tv_sec) * 1e3 + (double)(t.tv_nsec - t0->tv_nsec) / 1e6;
+}
+
 const char *cli_str(const json_t *j, const char *key)
 {
     const char *s = json_string_value(json_object_get(j, key));

@@ -2,12 +2,15 @@
  *
  * The one idea: the client links no model code. What the engine is to read beyond its
  * arguments are memory files that it inherits; what it prints goes straight through, or is
- * read as one JSON object. */
+ * read as one JSON object, or as one per line while it runs. */
 #include "cli_run.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -16,6 +19,7 @@
 #include "memfile.h"
 
 #define ENGINE "larder-prefill"
+#define MAX_LINE (64u << 20) /* of its output; ends a mistake */
 
 /* ---- arguments */
 
@@ -54,6 +58,7 @@ int engine_inherit(struct engine *en, int fd, int *ret, struct larder_err *e)
 {
     int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 
+    assert(en->n_fds < ENGINE_MAX_FDS);
     if (own < 0)
         return larder_fail(e, LARDER_EIO, "fcntl: %s", strerror(errno));
     en->fd[en->n_fds++] = own;
@@ -70,6 +75,7 @@ int engine_file(struct engine *en, const char *name, const void *bytes, size_t l
 
     if (rc)
         return rc;
+    assert(en->n_fds < ENGINE_MAX_FDS);
     en->fd[en->n_fds++] = fd;
     path = cli_text("/proc/self/fd/%d", fd);
     engine_option(en, name, path);
@@ -167,10 +173,17 @@ static char *find_engine(void)
 /* In the child: never returns. */
 static void become(const struct engine *en, const char *program, int out)
 {
+    sigset_t ends;
+
     for (int i = 0; i < en->n_fds; i++)
         fcntl(en->fd[i], F_SETFD, 0);
     if (out >= 0)
         dup2(out, STDOUT_FILENO);
+    /* Who waits for these with a descriptor has them blocked. */
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGTERM);
+    sigprocmask(SIG_UNBLOCK, &ends, NULL);
     execvp(program, en->arg);
     fprintf(stderr, "larder: cannot run %s: %s; install it beside larder (LARDER_EBACKEND)\n",
             program, strerror(errno));
@@ -213,36 +226,152 @@ static int read_pipe(int fd, json_t **ret, struct larder_err *e)
     return 0;
 }
 
-int engine_run(struct engine *en, json_t **ret, struct larder_err *e)
+/* Start it. With ret_fd, its standard output is a pipe whose end that is. */
+static int spawn(const struct engine *en, pid_t *ret_pid, int *ret_fd, struct larder_err *e)
 {
     char *program = find_engine();
-    int p[2] = {-1, -1};
-    struct larder_err why = {0, ""};
-    int rc = 0, read_rc = 0;
-    pid_t pid;
+    int p[2] = {-1, -1}, rc = 0;
+    pid_t pid = -1;
 
     fflush(stdout);
-    if (ret && pipe2(p, O_CLOEXEC)) {
-        mem_free(program);
-        return larder_fail(e, LARDER_EIO, "pipe: %s", strerror(errno));
+    if (ret_fd && pipe2(p, O_CLOEXEC))
+        rc = larder_fail(e, LARDER_EIO, "pipe: %s", strerror(errno));
+    if (!rc) {
+        pid = fork();
+        if (pid == 0)
+            become(en, program, p[1]);
+        if (pid < 0)
+            rc = larder_fail(e, LARDER_EIO, "fork: %s", strerror(errno));
     }
-    pid = fork();
-    if (pid == 0)
-        become(en, program, p[1]);
     mem_free(program);
     if (p[1] >= 0)
         close(p[1]);
-    if (pid < 0) {
+    if (rc) {
         if (p[0] >= 0)
             close(p[0]);
-        return larder_fail(e, LARDER_EIO, "fork: %s", strerror(errno));
+        return rc;
     }
+    *ret_pid = pid;
+    if (ret_fd)
+        *ret_fd = p[0];
+    return 0;
+}
+
+int engine_run(struct engine *en, json_t **ret, struct larder_err *e)
+{
+    struct larder_err why = {0, ""};
+    int fd = -1, read_rc = 0, rc;
+    pid_t pid;
+
+    rc = spawn(en, &pid, ret ? &fd : NULL, e);
+    if (rc)
+        return rc;
     if (ret)
-        read_rc = read_pipe(p[0], ret, &why);
+        read_rc = read_pipe(fd, ret, &why);
     rc = wait_engine(pid, e);
     if (!rc && read_rc) {
         *e = why;
         rc = read_rc;
     }
     return rc;
+}
+
+/* ---- line by line */
+
+struct lines {
+    char *buf;
+    size_t len, cap;
+    engine_line *line;
+    void *arg;
+};
+
+/* Hand out the whole lines that have come; the rest waits for more. */
+static int take_lines(struct lines *l, struct larder_err *e)
+{
+    size_t at = 0;
+    char *end;
+    int rc = 0;
+
+    while (!rc && (end = memchr(l->buf + at, '\n', l->len - at))) {
+        json_t *j =
+            json_loadb(l->buf + at, (size_t)(end - l->buf) - at, JSON_REJECT_DUPLICATES, NULL);
+
+        rc = json_is_object(j) ? l->line(l->arg, j, e)
+                               : larder_fail(e, LARDER_EWORKER, ENGINE " did not answer in JSON");
+        json_decref(j);
+        at = (size_t)(end - l->buf) + 1;
+    }
+    memmove(l->buf, l->buf + at, l->len - at);
+    l->len -= at;
+    return rc;
+}
+
+/* What can be read now; *ret_end: there is no more. */
+static int read_some(struct lines *l, int fd, bool *ret_end, struct larder_err *e)
+{
+    ssize_t n;
+
+    if (l->len == l->cap) {
+        size_t cap = l->cap ? 2 * l->cap : 1 << 16;
+        char *more = cap > MAX_LINE ? NULL : mem_grow(l->buf, cap, 1);
+
+        if (!more)
+            return larder_fail(e, LARDER_ENOMEM, "no memory for the output of " ENGINE);
+        l->buf = more;
+        l->cap = cap;
+    }
+    n = read(fd, l->buf + l->len, l->cap - l->len);
+    if (n < 0 && errno != EINTR)
+        return larder_fail(e, LARDER_EIO, "cannot read from " ENGINE ": %s", strerror(errno));
+    *ret_end = n == 0;
+    l->len += n > 0 ? (size_t)n : 0;
+    return take_lines(l, e);
+}
+
+static bool is_readable(int fd)
+{
+    struct pollfd p = {fd, POLLIN, 0};
+
+    return fd >= 0 && poll(&p, 1, 0) > 0;
+}
+
+static int read_lines(struct lines *l, int fd, int stop_fd, struct larder_err *e)
+{
+    bool end = false;
+    int rc = 0;
+
+    while (!rc && !end) {
+        struct pollfd p[2] = {{fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
+
+        if (poll(p, 2, -1) < 0)
+            continue;
+        if (p[1].revents)
+            return larder_fail(e, LARDER_ECANCELED, "interrupted");
+        rc = read_some(l, fd, &end, e);
+    }
+    return rc;
+}
+
+int engine_lines(struct engine *en, int stop_fd, engine_line *line, void *arg, struct larder_err *e)
+{
+    struct lines l = {.line = line, .arg = arg};
+    int fd = -1, rc, end_rc;
+    struct larder_err why;
+    pid_t pid;
+
+    rc = spawn(en, &pid, &fd, e);
+    if (rc)
+        return rc;
+    rc = read_lines(&l, fd, stop_fd, e);
+    if (rc)
+        kill(pid, SIGTERM);
+    close(fd);
+    mem_free(l.buf);
+    end_rc = wait_engine(pid, &why);
+    if (!rc && end_rc) {
+        *e = why;
+        rc = end_rc;
+    }
+    /* A terminal interrupts both of us, and the engine may be the first to end. */
+    return rc && is_readable(stop_fd) ? larder_fail(e, LARDER_ECANCELED, "interrupted") : rc;
 }

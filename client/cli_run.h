@@ -1,6 +1,6 @@
 /* cli_run.h - larder-prefill as a program: its arguments, its model, running it.
  *
- * Purpose    What ask, trace and calibrate share.
+ * Purpose    What ask, trace, calibrate and eval share.
  * Ownership  engine_done() and engine_model_done() free; both accept what was never filled
  *            (ENGINE_NONE, zeroed).
  * Threads    One.
@@ -12,7 +12,7 @@
 #include "cli.h"
 
 #define ENGINE_MAX_ARGS 300
-#define ENGINE_MAX_FDS 3
+#define ENGINE_MAX_FDS 40 /* an image for each policy of eval, and a few files */
 
 struct engine {
     char *arg[ENGINE_MAX_ARGS + 1]; /* owned, NULL-terminated; the first is the program */
@@ -55,5 +55,13 @@ int engine_profile(struct engine *en, struct cli *c, const struct engine_model *
 
 /* Run it; with `ret`, its standard output is read as one JSON object. */
 int engine_run(struct engine *en, json_t **ret, struct larder_err *e);
+
+/* Called for each object that the engine prints; `j` is borrowed. An error ends the engine. */
+typedef int engine_line(void *arg, json_t *j, struct larder_err *e);
+
+/* Run it and take its output line by line, as it comes. When stop_fd (-1: none) is readable, the
+ * engine is ended: LARDER_ECANCELED. */
+int engine_lines(struct engine *en, int stop_fd, engine_line *line, void *arg,
+                 struct larder_err *e);
 
 #endif
