@@ -153,7 +153,13 @@ $(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(need
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
-	    $(filter %.a,$^) $(LIBS_tests) $(LIBS_$(call unit_dir,$@)) -lm
+	    -Wl,--start-group $(filter %.a,$^) -Wl,--end-group $(LIBS_tests) $(LIBS_$(call unit_dir,$@)) -lm
+
+# Parts of the program `larder` that can be tested without running it.
+$(B)/libcli.a: $(call obj,$(filter-out client/cli_main.c,$(CLI_SRC)))
+	@rm -f $@ && ar rcs $@ $^
+$(B)/tests/test_client_eval: $(B)/libcli.a
+$(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
 
 # tests/bench/bench_DIR_what.c likewise.
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))

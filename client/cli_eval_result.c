@@ -108,6 +108,7 @@ static int write_line(struct eval_results *r, const char *line, size_t len, stru
                        n < 0 ? strerror(errno) : "the disk is full");
 }
 
+/* What is remembered is what was written, to the last digit: a later run says the same. */
 int eval_results_add(struct eval_results *r, json_t *result, struct larder_err *e)
 {
     char *json = json_dumps(result, JSON_COMPACT | JSON_REAL_PRECISION(15)), *line = NULL;
@@ -115,17 +116,15 @@ int eval_results_add(struct eval_results *r, json_t *result, struct larder_err *
     int rc = n < 0 ? larder_fail(e, LARDER_ENOMEM, "no memory for a result")
                    : write_line(r, line, (size_t)n, e);
 
+    json_decref(result);
+    if (!rc)
+        r->midline = false;
+    if (!rc && !remember(r, json_loads(json, 0, NULL)))
+        rc = larder_fail(e, LARDER_ENOMEM, "no memory for a result");
     free(json);
     if (n >= 0)
         free(line);
-    if (rc) {
-        json_decref(result);
-        return rc;
-    }
-    r->midline = false;
-    if (!remember(r, result))
-        return larder_fail(e, LARDER_ENOMEM, "no memory for a result");
-    return 0;
+    return rc;
 }
 
 const json_t *eval_results_get(const struct eval_results *r, const json_t *what, const char *id,

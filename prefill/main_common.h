@@ -35,7 +35,7 @@
     X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)")              \
     X(QUESTIONS, "questions", 1, "F", "JSONL of questions with known answers, scored one by one")  \
     X(STRINGS, "strings", 1, "F", "JSONL of strings to tokenise")                                  \
-    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image; --questions takes several")                 \
+    X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image; --questions takes several")             \
     X(POLICY, "policy", 1, "P", "pruning policy; may be given several times")                      \
     X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)")                        \
     X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)")                                     \
