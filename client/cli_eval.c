@@ -168,6 +168,7 @@ static json_t *names(const json_t *object)
 static int sections_of_file(struct eval *v, struct larder_err *e)
 {
     json_t *groups = json_object(), *result, *group;
+    size_t n_rows = 0;
     const char *key;
     int rc = 0;
 
@@ -187,8 +188,11 @@ static int sections_of_file(struct eval *v, struct larder_err *e)
         json_decref(policies);
     }
     json_decref(groups);
-    if (!rc && !v->n_sections)
-        rc = larder_fail(e, LARDER_EEMPTY, "%s has no results", v->path);
+    for (size_t i = 0; i < v->n_sections; i++)
+        n_rows += v->section[i].n_rows;
+    if (!rc && !n_rows)
+        rc = larder_fail(e, LARDER_EEMPTY, "%s has no results of the full cache to compare with",
+                         v->path);
     return rc;
 }
 

@@ -67,7 +67,7 @@ for group in "$@"; do
         done
         ;;
     eval)
-        run "eval" 60 python3 tests/eval/test_eval.py
+        run "eval" 60 python3 tests/eval/test_eval.py "$build"
         ;;
     e2e)
         for t in tests/e2e/[0-9]*.sh; do

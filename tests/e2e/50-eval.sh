@@ -60,6 +60,22 @@ interrupted() {
         same jobs "$(larder status --json | field jobs.running)$(larder status --json | field jobs.queued)" 00
 }
 claim "an interrupted run leaves no entry and no job" interrupted
+
+# The same while questions are asked: the second answer is long, the first is in the file by then.
+asking() {
+    "$build/larder" eval "$dir/tasks.jsonl" --policy full --results "$dir/r1" --limit 1 --max-new 1500 >"$dir/o" 2>"$dir/e" &
+    job=$!
+    for _ in $(seq 1 1200); do
+        [ -s "$dir/r1" ] && break
+        sleep 0.05
+    done
+    engine=$(pgrep -P $job)
+    kill -INT $job
+    wait $job
+    [ $? -eq 1 ] && grep -q 'interrupted.*LARDER_ECANCELED' "$dir/e" && [ -n "$engine" ] && ! kill -0 "$engine" 2>/dev/null &&
+        nothing && same lines "$(wc -l <"$dir/r1")" 1 && larder eval --results "$dir/r1" --json | grep -q '"n":1'
+}
+claim "an interrupted engine is ended, and the file is whole" asking
 claim "the rest is measured" measure --json --csv "$dir/t.csv" --markdown "$dir/t.md" --html "$dir/t.html"
 cp "$dir/out" "$dir/json"
 whole() { same results "$(rows_of)" "$all"; }
