@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make tasks for public.py: documents of a given length in tokens, with questions and answers.
+"""Make tasks for larder eval and public.py: documents of a given length in tokens, with questions and answers.
 
 Everything comes from a seed and from texts on this machine; document and question are tokenised
 separately, as a cache that was stored before the question demands.
 
   generate.py --task ruler --length 2000 --count 5 --output ruler.jsonl
   generate.py --task niah --length 1000 2000 4000 --depths 5 --output grid.jsonl
-  generate.py --task qa --import squad.json --length 4000 --output qa.jsonl
+  generate.py --task qa_1 --import squad.json --length 4000 --output qa.jsonl
 
 Exit status 77: the model is not there.
 """
@@ -22,7 +22,8 @@ from engine import MODEL, Engine, EngineError, read_jsonl, write_jsonl
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GROUPS = {"ruler": tasks.RULER, "infinitebench": tasks.INFINITEBENCH}
-IMPORTED = ("qa", "infinitebench_file")
+QA = {"qa_1": ("SQuAD", True), "qa_2": ("HotpotQA", False)}  # as RULER names them
+IMPORTED = tuple(QA) + ("infinitebench_file",)
 
 
 def default_prose():
@@ -57,13 +58,21 @@ def depths(n):
     return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
 
 
+def read_qa(path, name):
+    kind, is_squad = QA[name]
+    with open(path, encoding="utf-8") as f:
+        data = json.load(f)
+    if tasks.is_squad(data) != is_squad:
+        raise EngineError("task %s needs a %s file, and %s is none" % (name, kind, path))
+    return tasks.read_paragraphs(data)
+
+
 def plan(args, length):
     """[(task, number, maker)] of one length"""
     prose = tasks.Prose([read_text(p) for p in args.prose or default_prose()])
     factories = named(args.task)
-    if "qa" in args.task:
-        with open(args.import_, encoding="utf-8") as f:
-            factories["qa"] = tasks.reading(tasks.read_paragraphs(json.load(f)))
+    for name in set(QA) & set(args.task):
+        factories[name] = tasks.reading(read_qa(args.import_, name))
     out = []
     for name, factory in factories.items():
         many = [tasks.niah_at(d) for d in depths(args.depths)] if name == "niah" else [factory]
@@ -131,8 +140,8 @@ def parse_args(argv):
                    "(and depth)")
     a.add_argument("--depths", type=int, default=5, help="depths of task niah, from 0 to 1")
     a.add_argument("--seed", type=int, default=1)
-    a.add_argument("--import", dest="import_", metavar="FILE", help="qa: a SQuAD or HotpotQA file; "
-                   "infinitebench_file: JSON lines of InfiniteBench")
+    a.add_argument("--import", dest="import_", metavar="FILE", help="qa_1: a SQuAD file; "
+                   "qa_2: a HotpotQA file; infinitebench_file: JSON lines of InfiniteBench")
     a.add_argument("--prose", action="append", metavar="FILE", help="text for haystacks "
                    "(default: the licences that Debian installs)")
     a.add_argument("--output", default="/dev/stdout")

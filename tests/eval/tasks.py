@@ -259,9 +259,13 @@ def key_value(seed, prose, length):
 
 # ---- what is imported
 
+def is_squad(data):
+    return isinstance(data, dict) and "data" in data
+
+
 def read_paragraphs(data):
     """[(paragraph, [(question, answers)])] of a parsed SQuAD or HotpotQA file."""
-    if isinstance(data, dict) and "data" in data:
+    if is_squad(data):
         return [(p["context"], [(q["question"], [a["text"] for a in q["answers"]])
                                 for q in p["qas"] if q.get("answers")])
                 for article in data["data"] for p in article["paragraphs"]]

@@ -401,6 +401,22 @@ def question_files_of_both_kinds_are_read():
 
 
 @claim
+def imported_questions_are_of_the_kind_that_the_task_names():
+    hotpot = [{"question": "q%d" % i, "answer": "a", "context": [["T%d" % i, ["some words here. "]]]}
+              for i in range(50)]
+    with workplace([]) as tmp:
+        out, source = os.path.join(tmp, "out.jsonl"), os.path.join(tmp, "hotpot.json")
+        with open(source, "w") as f:
+            json.dump(hotpot, f)
+        words = ["--import", source, "--length", "60", "--build", tmp, "--model",
+                 os.path.join(tmp, "larder-prefill"), "--output", out]
+        assert generate.main(["--task", "qa_1"] + words) == 1
+        assert generate.main(["--task", "qa_2"] + words) == 0
+        got, = engine.read_jsonl(out)
+        assert got["task"] == "qa_2" and got["gold"] == ["a"] and got["any"]
+
+
+@claim
 def generated_files_are_task_files():
     with workplace([]) as tmp:
         path = os.path.join(tmp, "out.jsonl")
