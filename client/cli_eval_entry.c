@@ -78,8 +78,10 @@ void eval_show_step(const struct eval_run *r, size_t step, const char *doing)
 
 static void show_job(const struct eval_run *r, size_t policy, const struct larder_job *job)
 {
-    char *text = cli_text("%.32s: %s %u/%u", r->asked[policy], *job->pass ? job->pass : "queued",
-                          job->layer, job->n_layers);
+    const char *pass = *job->pass ? job->pass : "queued";
+    char *text = job->n_layers ? cli_text("%.32s: %s, layer %u of %u", r->asked[policy], pass,
+                                          job->layer, job->n_layers)
+                               : cli_text("%.32s: %s", r->asked[policy], pass);
 
     eval_show_step(r, policy, text);
     mem_free(text);

@@ -222,7 +222,7 @@ void cli_progress(const char *text, uint64_t done, uint64_t of)
     memset(bar, '#', (size_t)full);
     bar[CELLS] = '\0';
     if (of)
-        fprintf(stderr, "\r%.60s  [%s] %" PRIu64 "/%" PRIu64 "\033[K", text, bar, done, of);
+        fprintf(stderr, "\r%.76s  [%s] %" PRIu64 "/%" PRIu64 "\033[K", text, bar, done, of);
     else
         fprintf(stderr, "\r%.60s ...\033[K", text);
     bar_shown = true;

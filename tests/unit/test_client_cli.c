@@ -510,6 +510,13 @@ static void nonsense_on_the_command_line_is_status_2(void **state)
         "ask x q --tokens t",
         "ask x q --policy full",
         "cancel x",
+        "eval",
+        "eval a b",
+        "eval a --limit x",
+        "eval a --seed",
+        "eval a --namespace a/b",
+        "eval --results r --policy full",
+        "eval --results r --limit 3",
     };
     struct env *v = *state;
 
