@@ -45,7 +45,7 @@ static bool is_stopped(const struct eval_run *r, int ms)
 {
     struct pollfd p = {r->stop_fd, POLLIN, 0};
 
-    return poll(&p, 1, ms) > 0;
+    return poll(&p, 1, ms) > 0 && p.revents & POLLIN;
 }
 
 int eval_check_stopped(const struct eval_run *r, struct larder_err *e)
@@ -89,7 +89,8 @@ static void show_job(const struct eval_run *r, size_t policy, const struct larde
 
 /* ---- an entry: stored, fetched, and gone again */
 
-/* Wait, and leave no job behind: after an interruption it is canceled first. */
+/* Wait, and leave no job behind: after an interruption it is canceled first. A busy machine may
+ * let larderd wait, so these deadlines are generous: hours of measuring hang on them. */
 static int wait_job(struct eval_run *r, size_t policy, struct larder_job *job, struct larder_err *e)
 {
     static const struct timespec pause = {0, POLL_MS * 1000000L};
@@ -102,13 +103,24 @@ static int wait_job(struct eval_run *r, size_t policy, struct larder_job *job, s
             nanosleep(&pause, NULL);
         } else if (is_stopped(r, POLL_MS)) {
             canceled = true;
-            rc = larder_cancel(r->c->conn, job->id, CLI_SOON_MS, NULL, e);
+            rc = larder_cancel(r->c->conn, job->id, CLI_WORK_MS, NULL, e);
             rc = rc == LARDER_ENOTFOUND ? 0 : rc; /* it has just finished */
         }
         if (!rc)
-            rc = larder_job_get(r->c->conn, job->id, CLI_SOON_MS, job, e);
+            rc = larder_job_get(r->c->conn, job->id, CLI_WORK_MS, job, e);
     }
     return rc;
+}
+
+/* The connection broke while the job went on: neither that nor its entry may stay. */
+static void abandon_job(struct eval_run *r, struct larder_job *job)
+{
+    larder_close(r->c->conn);
+    r->c->conn = NULL;
+    if (cli_connect(r->c, NULL))
+        return;
+    larder_cancel(r->c->conn, job->id, CLI_SOON_MS, NULL, NULL);
+    larder_job_get(r->c->conn, job->id, CLI_SOON_MS, job, NULL);
 }
 
 static int finished(const struct eval_run *r, const struct larder_job *job, struct larder_err *e)
@@ -130,16 +142,19 @@ static int store(struct eval_run *r, size_t policy, struct eval_entry *en, struc
 
     if (!rc)
         rc = larder_put_tokens(r->c->conn, r->doc->ids, r->doc->n_ids, &o, CLI_WORK_MS, &job, e);
-    if (!rc)
-        rc = wait_job(r, policy, &job, e);
-    if (!rc)
-        rc = finished(r, &job, e);
     if (rc)
         return rc;
-    en->made = !job.stored_already;
-    for (int i = 0; i < LARDER_KEY_BYTES; i++)
-        snprintf(en->key + 2 * i, 3, "%02x", job.key[i]);
-    return eval_check_stopped(r, e);
+    rc = wait_job(r, policy, &job, e);
+    if (is_broken(rc))
+        abandon_job(r, &job);
+    if (!rc)
+        rc = finished(r, &job, e);
+    if (job.state == LARDER_JOB_DONE && job.has_key) {
+        en->made = !job.stored_already;
+        for (int i = 0; i < LARDER_KEY_BYTES; i++)
+            snprintf(en->key + 2 * i, 3, "%02x", job.key[i]);
+    }
+    return rc ? rc : eval_check_stopped(r, e);
 }
 
 /* What it is stored as; its policy is the canonical spelling with the profile that was used. */

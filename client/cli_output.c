@@ -166,12 +166,21 @@ static int width_of(const char *s)
     return n;
 }
 
+/* What a heading stands over: the first cell below that is not empty. */
+static const char *below(const struct cli_table *t, unsigned col)
+{
+    for (size_t i = t->n_cols + col; i < t->n_cells; i += t->n_cols)
+        if (*t->cell[i])
+            return t->cell[i];
+    return "";
+}
+
 static void print_line(const struct cli_table *t, size_t line, const int *width, bool aligned)
 {
     for (unsigned i = 0; i < t->n_cols; i++) {
         const char *s = t->cell[line * t->n_cols + i];
-        const char *below = line ? s : t->n_cells > t->n_cols ? t->cell[t->n_cols + i] : s;
-        bool right = *below >= '0' && *below <= '9' && i;
+        char first = line ? *s : *below(t, i);
+        bool right = first >= '0' && first <= '9' && i;
         int pad = aligned ? width[i] - width_of(s) : 0;
 
         if (i)
