@@ -6,9 +6,9 @@
  * Ownership  Results are filled in and freed with engine_result_done().
  * Threads    One run at a time per backend.
  * Errors     LARDER_EEMPTY, LARDER_ETOOLONG, LARDER_EBUDGET, LARDER_EPOLICY,
- *            LARDER_EUNSUPPORTED (a policy that needs a calibration, and there is none), LARDER_ENUMERIC (a
- *            score or a logit is not finite: nothing may be stored), LARDER_ECANCELED, and the
- *            backend's.
+ *            LARDER_EUNSUPPORTED (a policy that needs a calibration, and there is none),
+ *            LARDER_ENUMERIC (a score or a logit is not finite: nothing may be stored),
+ *            LARDER_ECANCELED, and the backend's.
  */
 #ifndef LARDER_ENGINE_H
 #define LARDER_ENGINE_H

@@ -1,11 +1,11 @@
 /* main_score.c - larder-prefill ask --questions: many questions with known answers on one cache.
  *
  * The one idea: a document is prefilled once per policy - once for policies that share a replay -
- * and every question is asked on the same rows, in a session of its own. The known answer is forced, token by token in one
- * step, so that each of its positions has logits; where it stops being what the model would
- * say, the session is rewound and the model's own answer goes on from there. The
- * log-probabilities of the first policy, or of the first image, are the reference for all
- * later ones. */
+ * and every question is asked on the same rows, in a session of its own. The known answer is
+ * forced, token by token in one step, so that each of its positions has logits; where it stops
+ * being what the model would say, the session is rewound and the model's own answer goes on from
+ * there. The log-probabilities of the first policy, or of the first image, are the reference for
+ * all later ones. */
 #include "main_common.h"
 
 #include <math.h>

@@ -42,8 +42,9 @@ struct certificate {
     uint32_t worst_at; /* and the position of its quote */
 };
 
-/* One probe in each of PROBES equal parts of the document's tokens from..n (fewer below 1,024 tokens, and where the
- * model's positions end), where its tokens are rarest; digits and capitals count extra. */
+/* One probe in each of PROBES equal parts of the document's tokens from..n (fewer below 1,024
+ * tokens, and where the model's positions end), where its tokens are rarest; digits and capitals
+ * count extra. */
 int probes_make(struct probes **ret, const struct model *m, const struct template *tmpl,
                 const uint32_t *ids, uint32_t from, uint32_t n, struct larder_err *e);
 void probes_free(struct probes *p);
