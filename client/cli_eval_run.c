@@ -217,6 +217,7 @@ static json_t *make_result(const struct eval_run *r, const struct eval_task *t,
     copy_fields(j, t->o, of_task, sizeof of_task / sizeof *of_task, false);
     if (!json_object_get(j, "task"))
         json_object_set_new(j, "task", json_string("task"));
+    json_object_set(j, "cert_kl", json_object_get(json_object_get(j, "certificate"), "kl"));
     json_object_set_new(j, "fetch_ms", json_real(en->fetch_ms));
     json_object_set_new(j, "ranks", ranks_of(scored));
     json_object_set_new(j, "found", json_real(eval_found(t, text)));

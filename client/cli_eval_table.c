@@ -18,7 +18,7 @@
 /* What a document adds. */
 struct doc_sum {
     struct stat_pair kept, rows, bytes, disk;
-    struct stat_mean kl; /* over its questions */
+    struct stat_mean kl; /* over its questions that the full cache answers right */
     double certified;    /* NAN: no certificate */
     double prefill_ms, fetch_ms;
 };
@@ -46,7 +46,7 @@ static struct doc_sum *doc_of(struct sums *s, const json_t *full, const json_t *
         .rows = {eval_number(pruned, "rows"), eval_number(full, "rows")},
         .bytes = {eval_number(pruned, "row_bytes"), eval_number(pruned, "full_bytes")},
         .disk = {eval_number(pruned, "stored_bytes"), eval_number(pruned, "full_bytes")},
-        .certified = eval_number(json_object_get(pruned, "certificate"), "kl"),
+        .certified = eval_number(pruned, "cert_kl"),
         .prefill_ms = eval_number(pruned, "prefill_ms"),
         .fetch_ms = eval_number(pruned, "fetch_ms")};
     return d;
@@ -73,7 +73,7 @@ static void add_question(struct sums *s, const json_t *full, const json_t *prune
     s->n_right += right;
     d->kept.part += right && cli_true(pruned, "right");
     d->kept.whole += right;
-    stat_add(&d->kl, kl);
+    stat_add(&d->kl, right ? kl : NAN);
     stat_add(&s->kl, right ? kl : NAN);
     stat_add(&s->agree, right ? eval_number(pruned, "top1_agree") : NAN);
     stat_add(&s->found, eval_number(pruned, "found"));

@@ -158,7 +158,7 @@ void eval_write_markdown(FILE *f, const struct eval_section *s, size_t n)
     X(disk, disk)                                                                                  \
     X(prefill_ms, prefill_ms)                                                                      \
     X(fetch_ms, fetch_ms)                                                                          \
-    X(certified_kl, certified)
+    X(cert_kl, certified)
 
 static json_t *number_or_null(double x)
 {

@@ -448,7 +448,11 @@ def random_results(seed):
                            rows=rows, row_bytes=rows * 10, full_bytes=1000 * (d + 1), found=rng.random(),
                            length=100 * (d % 3), depth=d % 4 / 3)
                 if policy != "full":
-                    r.update(kl=rng.random() if rng.random() < 0.9 else None, top1_agree=rng.random())
+                    r.update(kl=rng.random(), top1_agree=rng.random())
+                    if policy == "<q>":
+                        r["kl"] = r["kl"] if q else None
+                    else:
+                        r["cert_kl"] = 1 / (1 + (7 * d + 3 * i) % 11)
                 yield r
 
 
@@ -472,8 +476,9 @@ def larder_eval_says_what_results_py_says():
     by_policy = {p: by_id(*(r for r in got if r["policy"] == p)) for p in policies}
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "t.csv")
-        done = larder_eval(tmp, got, "--csv", out)
+        done = larder_eval(tmp, got, "--csv", out, "--json")
         assert done.returncode == 0, done.stderr
+        certificates = json.loads(done.stdout)["certificates"]
         with open(out, newline="") as f:
             lines = {r["policy"]: r for r in csv.DictReader(f)}
     assert list(lines) == policies
@@ -484,6 +489,10 @@ def larder_eval_says_what_results_py_says():
                 assert abs(float(lines[p][k]) - want[k]) < 0.02, (p, k, lines[p][k], want[k])
             else:
                 assert close(lines[p][k], want[k]), (p, k, lines[p][k], want[k])
+    kl, lost, answer_kl = zip(*results.certified(by_policy))
+    assert certificates["entries"] == certificates["entries_lost"] == len(kl)
+    assert abs(certificates["lost"] - results.spearman(kl, lost)) < 1e-9
+    assert abs(certificates["kl"] - results.spearman(kl, answer_kl)) < 1e-9
 
 
 @claim
