@@ -37,7 +37,7 @@ struct calibration_text {
     const char *text; /* not terminated */
     size_t len;
 };
-#define CALIBRATION_TEXTS 2u
+#define CALIBRATION_TEXTS 3u
 struct calibration_text calibration_text(uint32_t i);
 
 #endif

@@ -1,6 +1,7 @@
 /* calibration.c - the built-in texts, as bytes of the program: a service that calibrates a model
  * on its own must not depend on files that an installation could lack. sqlite.txt is the beginning
- * of a page of the documentation of SQLite (public domain), pantry.txt was written for larder. */
+ * of a page of the documentation of SQLite (public domain); pantry.txt, prose, and register.txt,
+ * single facts and numbers between lines that say nothing, were written for larder. */
 #include "calibrate.h"
 
 #define EMBED(symbol, path)                                                                        \
@@ -14,12 +15,18 @@
 
 EMBED(calibration_sqlite, "prefill/calibration/sqlite.txt");
 EMBED(calibration_pantry, "prefill/calibration/pantry.txt");
+EMBED(calibration_register, "prefill/calibration/register.txt");
 
 struct calibration_text calibration_text(uint32_t i)
 {
-    if (i == 0)
-        return (struct calibration_text){"built-in: sqlite", calibration_sqlite,
-                                         (size_t)(calibration_sqlite_end - calibration_sqlite)};
-    return (struct calibration_text){"built-in: pantry", calibration_pantry,
-                                     (size_t)(calibration_pantry_end - calibration_pantry)};
+    static const struct {
+        const char *name, *from, *to;
+    } texts[CALIBRATION_TEXTS] = {
+        {"built-in: sqlite", calibration_sqlite, calibration_sqlite_end},
+        {"built-in: pantry", calibration_pantry, calibration_pantry_end},
+        {"built-in: register", calibration_register, calibration_register_end},
+    };
+
+    return (struct calibration_text){texts[i].name, texts[i].from,
+                                     (size_t)(texts[i].to - texts[i].from)};
 }

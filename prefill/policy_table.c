@@ -79,7 +79,7 @@ static const struct named table[N_POLICIES] = {
     [POLICY_MATCHING] = {"matching", OBS_REPLAY, SHAPE_SHARES, .rows = PERCENT(25),
                          .fit = FIT_MATCHING, .open = OBS_SHAPE,
                          .shown = BIT(SHAPE) | BIT(SINK) | BIT(FIT) | BIT(PRECISION)},
-    [POLICY_OFFLINE] = {"offline", OBS_REPLAY, SHAPE_SHARES, .rows = PERCENT(25),
+    [POLICY_OFFLINE] = {"offline", OBS_REPLAY, SHAPE_SHARES, .rows = {ROWS_AUTO, 0},
                         .fit = FIT_MATCHING, .precision = KV_INT4, .open = POLICY_AXES,
                         .shown = POLICY_AXES | BIT(SINK) | BIT(FIT) | BIT(PRECISION)},
 };
@@ -184,6 +184,10 @@ void policy_follow_axes(struct policy *p)
     p->eps = p->shape == SHAPE_LAYER ? 0.01 : 0;
     p->guard = t->unguarded ? 0 : 20;
     p->fit = policy_is_replay(p) ? t->fit : FIT_NONE;
+    p->rows = t->rows;
+    if (t->rows.kind == ROWS_AUTO && (!policy_is_replay(p) || p->shape == SHAPE_GLOBAL))
+        p->rows = (struct row_budget)PERCENT(25); /* there is no certificate to go by */
+    p->select = p->rows;
 }
 
 struct policy policy_defaults(enum policy_kind kind)
@@ -196,8 +200,6 @@ struct policy policy_defaults(enum policy_kind kind)
         .cut = t->cut,
         .precision = t->precision ? t->precision : KV_BF16,
         .critical = kind == POLICY_CRITICALKV,
-        .rows = t->rows,
-        .select = t->rows,
         .pool = POOL_AVG,
         .l_min = POLICY_AUTO,
         .l_obs = 8,
@@ -205,7 +207,7 @@ struct policy policy_defaults(enum policy_kind kind)
         .layer = POLICY_AUTO,
         .chunk = t->chunk ? t->chunk : 512,
         .replay = 100,
-        .max_kl = 0.02,
+        .max_kl = 0.01,
         .recent = 20,
         .decay = 0.9,
         .context = 64,
