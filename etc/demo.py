@@ -29,7 +29,7 @@ DOCUMENTS = [
 # The default, for questions that are not known yet, and the paper's method beside it. L_min and tau
 # suit this model (tests/golden/data/README.md): with the paper's values its criterion hardly
 # ever fires here.
-POLICIES = [("offline", "offline,rows=25%"), ("asl", "asl,rows=25%,lmin=14,tau=0.8")]
+POLICIES = [("offline", "offline,rows=25%"), ("asl", "asl,rows=25%,pool=7,lmin=14,tau=0.8")]
 ANSWER_TOKENS = "32"
 
 
