@@ -5,7 +5,8 @@
 
 #include "sha256.h"
 
-#define VERSION 1u
+#define VERSION_SHARES 1u /* of what is hashed: shares alone, */
+#define VERSION_WINDOW 2u /* and what window policies take */
 
 static void add_u32(struct sha256 *h, uint32_t v)
 {
@@ -28,7 +29,8 @@ static void add_floats(struct sha256 *h, const float *x, uint64_t n)
 }
 
 int profile_id(uint32_t n_heads, uint32_t n_budgets, const float *budget, const float *share,
-               char out[PROFILE_ID_LEN + 1], struct larder_err *e)
+               const struct profile_window *window, char out[PROFILE_ID_LEN + 1],
+               struct larder_err *e)
 {
     struct sha256 *h = sha256_new();
     uint8_t digest[SHA256_LEN];
@@ -36,11 +38,16 @@ int profile_id(uint32_t n_heads, uint32_t n_budgets, const float *budget, const 
 
     if (!h)
         return larder_fail(e, LARDER_ENOMEM, "no memory to name a profile");
-    add_u32(h, VERSION);
+    add_u32(h, window->pool ? VERSION_WINDOW : VERSION_SHARES);
     add_u32(h, n_heads);
     add_u32(h, n_budgets);
     add_floats(h, budget, n_budgets);
     add_floats(h, share, (uint64_t)n_budgets * n_heads);
+    if (window->pool) {
+        add_u32(h, window->pool);
+        add_u32(h, window->l_min);
+        add_u32(h, window->tau_milli);
+    }
     sha256_get(h, digest);
     sha256_free(h);
     sha256_hex(digest, hex);

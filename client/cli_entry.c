@@ -130,6 +130,30 @@ static char *rows_text(const json_t *rows, uint64_t total)
                     min == UINT64_MAX ? 0 : min, max, total);
 }
 
+/* Where the policy leaves numbers open: whose they were. */
+static void show_auto(const struct cli *c, const json_t *en)
+{
+    static const char *const keys[] = {"pool", "lmin", "tau"};
+    const char *policy = cli_str(en, "policy");
+    char *open = cli_text("%s", "");
+
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        char *is = cli_text(",%s=auto", keys[i]), *more;
+
+        more = cli_text("%s%s%s", open, strstr(policy, is) && *open ? ", " : "",
+                        strstr(policy, is) ? keys[i] : "");
+        mem_free(is);
+        mem_free(open);
+        open = more;
+    }
+    if (*open && strstr(policy, ",profile="))
+        cli_pair(c, "auto", cli_text("%s: as the profile says that the policy names", open));
+    else if (*open)
+        cli_pair(c, "auto",
+                 cli_text("%s: documented defaults; larder calibrate measures them", open));
+    mem_free(open);
+}
+
 static void show_source(const struct cli *c, const json_t *en)
 {
     const json_t *sel = json_object_get(en, "sel_layer");
@@ -139,6 +163,7 @@ static void show_source(const struct cli *c, const json_t *en)
     cli_pair(c, "model", cli_text("%s", cli_str(en, "model")));
     cli_pair(c, "template", cli_text("%s", cli_str(en, "template")));
     cli_pair(c, "policy", cli_text("%s", cli_str(en, "policy")));
+    show_auto(c, en);
     cli_pair(c, "tokens", cli_text("%" PRIu64, cli_num(en, "n_ctx")));
     cli_pair(c, "next position", cli_text("%" PRIu64, cli_num(en, "next_pos")));
     cli_pair(c, "selection layer",

@@ -66,6 +66,32 @@ static char *texts_of(const json_t *profile)
     return all;
 }
 
+/* What stands for `auto` in policies that look at a window of queries. */
+static void show_window(const struct cli *c, const json_t *w, const char *model)
+{
+    const json_t *pool = json_object_get(w, "pool"), *tau = json_object_get(w, "tau");
+
+    if (pool)
+        cli_pair(
+            c, "pooling",
+            cli_text("kernel %" PRIu64 ", from a key to the end of its value", cli_num(w, "pool")));
+    else
+        cli_pair(c, "pooling",
+                 cli_text("documented defaults; 'larder calibrate %s' measures it", model));
+    if (tau)
+        cli_pair(
+            c, "adaptive cut",
+            cli_text("lmin %" PRIu64 ", tau %.3g", cli_num(w, "lmin"), json_number_value(tau)));
+    else if (pool)
+        cli_pair(
+            c, "adaptive cut",
+            cli_text("documented defaults; ranks did not settle in the middle of the model, or "
+                     "the texts were too short"));
+    else
+        cli_pair(c, "adaptive cut",
+                 cli_text("documented defaults; 'larder calibrate %s' measures it", model));
+}
+
 static void show_profile(const struct cli *c, const json_t *answer)
 {
     const json_t *p = json_object_get(answer, "profile");
@@ -83,6 +109,7 @@ static void show_profile(const struct cli *c, const json_t *answer)
              cli_text("%s, %s, template %s", cli_str(p, "backend"), cli_str(p, "dtype"),
                       cli_str(p, "template")));
     cli_pair(c, "texts", texts_of(p));
+    show_window(c, json_object_get(p, "window"), cli_str(answer, "model"));
 }
 
 /* The shares of the budget that is nearest to what is shown. */

@@ -50,7 +50,8 @@ struct model {
     char *profile;          /* its calibration as JSON; NULL: none */
     uint8_t profile_fp[32]; /* of the bytes that it belongs to */
     char profile_id[PROFILE_ID_LEN + 1];
-    bool profile_sent; /* `worker` has it */
+    bool profile_sent;   /* `worker` has it */
+    bool profile_window; /* it says what `auto` stands for in window policies */
 };
 
 struct daemon {
@@ -201,8 +202,8 @@ const char *policy_profile(const char *policy, size_t *ret_len);
 /* The policy without it. */
 void policy_any_profile(const char *policy, char *out, size_t cap);
 /* Is an entry of policy `have` what `want` asks for? If that names no profile, any will do, or,
- * where at_hand is not "", that one. */
-bool policy_serves(const char *want, const char *have, const char *at_hand);
+ * where a model is given that has one, what it would be made with now. */
+bool policy_serves(const char *want, const char *have, const struct model *m);
 
 /* ---- workers.c: prefill processes */
 int workers_probe(struct daemon *d, struct larder_err *e);

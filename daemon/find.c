@@ -148,7 +148,7 @@ static bool acceptable(void *arg, const struct store_info *in)
     const struct search *q = arg;
 
     return request_may_use(q->r, in->ident.ns) && (!q->model || !strcmp(q->model, in->model)) &&
-           (!q->policy || policy_serves(q->policy, in->ident.policy, "")) &&
+           (!q->policy || policy_serves(q->policy, in->ident.policy, NULL)) &&
            (!q->ns || !strcmp(q->ns, in->ident.ns));
 }
 
@@ -274,7 +274,7 @@ static bool compare_relative(void *arg, const struct store_info *in)
         relate(v, 2, "other_tokenizer", in->model);
     else if (v->tmpl && strcmp(in->tmpl, v->tmpl))
         relate(v, 3, "other_template", in->tmpl);
-    else if (v->q->policy && !policy_serves(v->q->policy, in->ident.policy, m ? m->profile_id : ""))
+    else if (v->q->policy && !policy_serves(v->q->policy, in->ident.policy, m))
         relate(v, 4, "other_policy", in->ident.policy);
     else
         relate(v, in->damaged ? 5 : 6, in->damaged ? "damaged" : "stored", in->ident.policy);

@@ -15,6 +15,12 @@
 
 /* ---- what is known of a model */
 
+/* What the daemon itself needs of a profile. */
+struct gist {
+    char id[PROFILE_ID_LEN + 1];
+    bool window;
+};
+
 static void setting_of(const uint8_t fp[32], char out[80])
 {
     char hex[2 * SHA256_LEN + 1];
@@ -28,12 +34,12 @@ static void forget(struct model *m)
     mem_free(m->profile);
     m->profile = NULL;
     m->profile_id[0] = '\0';
-    m->profile_sent = false;
+    m->profile_sent = m->profile_window = false;
 }
 
 /* Every configured model of these bytes has this profile from now on. */
-static int take_over(struct daemon *d, const uint8_t fp[32], const char *text, const char *id,
-                     struct larder_err *e)
+static int take_over(struct daemon *d, const uint8_t fp[32], const char *text,
+                     const struct gist *gist, struct larder_err *e)
 {
     for (uint32_t i = 0; i < d->n_models; i++) {
         struct model *m = &d->model[i];
@@ -47,13 +53,14 @@ static int take_over(struct daemon *d, const uint8_t fp[32], const char *text, c
         forget(m);
         m->profile = copy;
         memcpy(m->profile_fp, fp, 32);
-        snprintf(m->profile_id, sizeof m->profile_id, "%s", id);
+        memcpy(m->profile_id, gist->id, sizeof m->profile_id);
+        m->profile_window = gist->window;
     }
     return 0;
 }
 
 /* Is the text a profile of this model? */
-static int check(const struct model *m, const char *text, size_t len, char id[PROFILE_ID_LEN + 1],
+static int check(const struct model *m, const char *text, size_t len, struct gist *ret,
                  struct larder_err *e)
 {
     struct profile p = {0};
@@ -61,15 +68,18 @@ static int check(const struct model *m, const char *text, size_t len, char id[PR
 
     if (!rc)
         rc = profile_fits(&p, m->fp, m->geom.n_layers, m->geom.n_kv_heads, e);
-    if (!rc)
-        memcpy(id, p.id, sizeof p.id);
+    if (!rc) {
+        memcpy(ret->id, p.id, sizeof p.id);
+        ret->window = p.window.pool != 0;
+    }
     profile_done(&p);
     return rc;
 }
 
 void profile_recall(struct daemon *d, struct model *m)
 {
-    char key[80], id[PROFILE_ID_LEN + 1], *text = NULL;
+    char key[80], *text = NULL;
+    struct gist gist;
     struct larder_err e;
 
     m->profile_sent = false;
@@ -79,7 +89,7 @@ void profile_recall(struct daemon *d, struct model *m)
     setting_of(m->fp, key);
     if (store_setting_get(d->store, key, &text, NULL))
         return;
-    if (check(m, text, strlen(text), id, &e) || take_over(d, m->fp, text, id, &e))
+    if (check(m, text, strlen(text), &gist, &e) || take_over(d, m->fp, text, &gist, &e))
         log_line(LOG_LEVEL_WARNING, "model %s: its stored profile is left alone: %s", m->conf->name,
                  e.msg);
     mem_free(text);
@@ -165,8 +175,9 @@ int profile_from_worker(struct worker *w, const json_t *body, int fd, struct lar
 {
     static const char *const allowed[] = {"model", "bytes", NULL};
     struct model *m = w->model;
-    char id[PROFILE_ID_LEN + 1], *text = NULL;
+    char *text = NULL;
     const char *name = NULL;
+    struct gist gist;
     int rc = field_only(body, allowed, e);
 
     if (!rc)
@@ -176,17 +187,17 @@ int profile_from_worker(struct worker *w, const json_t *body, int fd, struct lar
     if (!rc)
         rc = read_text(body, fd, &text, e);
     if (!rc)
-        rc = check(m, text, strlen(text), id, e);
+        rc = check(m, text, strlen(text), &gist, e);
     if (!rc && !m->profile) { /* one that a client brought meanwhile stays */
-        rc = take_over(w->d, m->fp, text, id, e);
+        rc = take_over(w->d, m->fp, text, &gist, e);
         if (!rc)
             rc = keep(w->d, m->fp, text, e);
         m->profile_sent = !rc;
         if (!rc)
-            log_line(LOG_LEVEL_INFO, "model %s: calibrated, profile %s", m->conf->name, id);
+            log_line(LOG_LEVEL_INFO, "model %s: calibrated, profile %s", m->conf->name, gist.id);
     }
     if (!rc)
-        memcpy(w->job->profile, id, sizeof id);
+        memcpy(w->job->profile, gist.id, sizeof gist.id);
     mem_free(text);
     return rc;
 }
@@ -209,7 +220,8 @@ struct install {
     struct request *r;
     struct model *m;
     uint8_t fp[32];
-    char id[PROFILE_ID_LEN + 1], *text;
+    struct gist gist;
+    char *text;
     struct larder_err e;
     int rc;
 };
@@ -228,7 +240,7 @@ static void install_done(struct task *t)
     struct install *x = (struct install *)t;
 
     if (!x->rc)
-        x->rc = take_over(x->r->d, x->fp, x->text, x->id, &x->e);
+        x->rc = take_over(x->r->d, x->fp, x->text, &x->gist, &x->e);
     if (x->rc)
         request_fail(x->r, &x->e);
     else
@@ -259,7 +271,7 @@ static void install(struct request *r, struct model *m)
     if (!rc)
         rc = read_text(r->body, r->fd, &x->text, &e);
     if (!rc)
-        rc = check(m, x->text, strlen(x->text), x->id, &e);
+        rc = check(m, x->text, strlen(x->text), &x->gist, &e);
     if (rc) {
         if (x)
             mem_free(x->text);
@@ -311,15 +323,26 @@ void policy_any_profile(const char *policy, char *out, size_t cap)
     snprintf(out, cap, "%.*s%s", at ? (int)(at - policy) : 0, policy, at ? at + n : policy);
 }
 
-bool policy_serves(const char *want, const char *have, const char *at_hand)
+/* Numbers that a profile gives where there is one. Only workers know the rules, but the spelling
+ * of these keys is the protocol's. */
+static bool leaves_open(const char *policy)
+{
+    return strstr(policy, ",pool=auto") || strstr(policy, ",lmin=auto") ||
+           strstr(policy, ",tau=auto");
+}
+
+bool policy_serves(const char *want, const char *have, const struct model *m)
 {
     char any[512];
     size_t n;
     const char *of = policy_profile(have, &n);
 
-    if (!of || policy_profile(want, &n))
+    if (policy_profile(want, &n))
         return !strcmp(want, have);
+    if (!of)
+        return !strcmp(want, have) && !(m && m->profile_window && leaves_open(have));
     policy_any_profile(have, any, sizeof any);
     return !strcmp(want, any) &&
-           (!*at_hand || !strncmp(of + strlen(",profile="), at_hand, PROFILE_ID_LEN));
+           (!m || !*m->profile_id ||
+            !strncmp(of + strlen(",profile="), m->profile_id, PROFILE_ID_LEN));
 }

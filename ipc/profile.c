@@ -4,6 +4,7 @@
  * made for it, and the name that the profile gives itself must follow from its numbers. */
 #include "profile.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "frame.h"
@@ -20,16 +21,18 @@ static int read_head(const json_t *o, struct profile *p, struct larder_err *e)
 {
     static const char *const allowed[] = {
         "version", "model_fingerprint", "id",    "n_layers", "n_kv_heads", "measured", "backend",
-        "dtype",   "template",          "texts", "shares",   NULL};
+        "dtype",   "template",          "texts", "shares",   "window",     NULL};
     const char *id = NULL, *word = NULL;
     uint64_t version = 0, measured;
     int rc = field_u64(o, "version", FIELD_REQUIRED, UINT64_MAX, &version, e);
 
-    if (!rc && version != PROFILE_VERSION)
-        return larder_fail(e, LARDER_EVERSION, "version %llu; this program reads version %d",
+    if (!rc && (version < 1 || version > PROFILE_VERSION))
+        return larder_fail(e, LARDER_EVERSION, "version %llu; this program reads 1 to %d",
                            (unsigned long long)version, PROFILE_VERSION);
     if (!rc)
         rc = field_only(o, allowed, e);
+    if (!rc && (version > 1) != (json_object_get(o, "window") != NULL))
+        rc = bad(e, "version 1 has no window, version 2 has one");
     if (!rc)
         rc = field_hex32(o, "model_fingerprint", FIELD_REQUIRED, p->model_fp, NULL, e);
     if (!rc)
@@ -129,10 +132,47 @@ static int read_shares(const json_t *o, size_t len, struct profile *p, struct la
     return rc;
 }
 
+/* At most three digits behind the point: the thousandths are what is used and hashed. */
+static int read_tau(const json_t *v, uint32_t *ret, struct larder_err *e)
+{
+    double x = 1000 * json_number_value(v), milli = round(x);
+
+    if (!json_is_number(v) || !(milli >= 1 && milli <= 1000) || fabs(x - milli) > 1e-6)
+        return bad(e, "a tau that is not a number of thousandths from 0.001 to 1");
+    *ret = (uint32_t)milli;
+    return 0;
+}
+
+/* What follows is checked against the model's layers, so that a policy can use it as it is. */
+static int read_window(const json_t *o, struct profile *p, struct larder_err *e)
+{
+    static const char *const allowed[] = {"pool", "lmin", "tau", NULL};
+    const json_t *w = json_object_get(o, "window"), *tau;
+    int rc;
+
+    if (!w)
+        return 0;
+    if (!json_is_object(w))
+        return bad(e, "a window that is no object");
+    rc = field_only(w, allowed, e);
+    if (!rc)
+        rc = field_u32(w, "pool", FIELD_REQUIRED, PROFILE_MAX_POOL, &p->window.pool, e);
+    if (!rc && p->window.pool % 2 == 0)
+        rc = bad(e, "a pool that is not odd");
+    tau = json_object_get(w, "tau");
+    if (rc || (!tau && !json_object_get(w, "lmin")))
+        return rc;
+    rc = field_u32(w, "lmin", FIELD_REQUIRED, p->n_layers - 1, &p->window.l_min, e);
+    if (!rc && !p->window.l_min)
+        rc = bad(e, "lmin 0, which has no layers before it to compare");
+    return rc ? rc : read_tau(tau, &p->window.tau_milli, e);
+}
+
 static int check_id(const struct profile *p, struct larder_err *e)
 {
     char id[PROFILE_ID_LEN + 1];
-    int rc = profile_id(p->n_layers * p->n_kv_heads, p->n_budgets, p->budget, p->share, id, e);
+    int rc = profile_id(p->n_layers * p->n_kv_heads, p->n_budgets, p->budget, p->share, &p->window,
+                        id, e);
 
     if (!rc && strcmp(id, p->id))
         rc = larder_fail(e, LARDER_EINVAL, "it says that it is %s, but its numbers are %s", p->id,
@@ -156,6 +196,8 @@ int profile_parse(const char *text, size_t len, struct profile *ret, struct lard
         rc = read_texts(p.json, &why);
     if (!rc)
         rc = read_shares(p.json, len, &p, &why);
+    if (!rc)
+        rc = read_window(p.json, &p, &why);
     if (!rc)
         rc = check_id(&p, &why);
     if (rc) {

@@ -18,11 +18,12 @@
 #include "larder_status.h"
 #include "profile_id.h"
 
-#define PROFILE_VERSION 1
+#define PROFILE_VERSION 2 /* 1: without `window` */
 #define PROFILE_MAX_BYTES (4u << 20)
 #define PROFILE_MAX_BUDGETS 32u
 #define PROFILE_MAX_TEXTS 256u
 #define PROFILE_MAX_NAME 256u /* of a text */
+#define PROFILE_MAX_POOL 1023u
 
 struct profile {
     json_t *json; /* all of it */
@@ -31,6 +32,7 @@ struct profile {
     uint32_t n_layers, n_kv_heads, n_budgets;
     float budget[PROFILE_MAX_BUDGETS]; /* ascending */
     float *share;                      /* [n_budgets][n_layers * n_kv_heads], owned */
+    struct profile_window window;      /* version 1: zeros */
 };
 
 int profile_parse(const char *text, size_t len, struct profile *ret, struct larder_err *e);

@@ -535,7 +535,7 @@ static int set_shares(const struct engine_doc *doc, const struct kv_geom *g, str
 {
     uint32_t n_heads = g->n_layers * g->n_kv_heads;
 
-    if (p->shape != SHAPE_SHARES && p->shape != SHAPE_HEADS)
+    if (!policy_needs_profile(p))
         return 0;
     if (!doc->shares || doc->shares->n_heads != n_heads)
         return larder_fail(e, LARDER_EUNSUPPORTED,
@@ -558,11 +558,12 @@ struct ready {
 static int make_ready(const struct backend *b, const struct engine_doc *doc,
                       const struct policy *policy, struct ready *ret, struct larder_err *e)
 {
+    const struct profile_window *w = doc->shares ? &doc->shares->window : NULL;
     int rc;
 
     *ret = (struct ready){.p = *policy};
     rc = set_shares(doc, &b->p->geom, &ret->p, &ret->shares, e);
-    return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, e);
+    return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, w, e);
 }
 
 static int single(struct backend *b, const struct engine_doc *doc, const struct policy *policy,

@@ -24,6 +24,8 @@ static int to_shares(const struct profile *p, struct shares **ret, struct larder
 
     for (uint32_t i = 0; i < p->n_budgets && !rc; i++)
         rc = shares_add(s, p->budget[i], p->share + (uint64_t)i * n_heads, e);
+    if (!rc)
+        rc = shares_set_window(s, &p->window, e);
     if (rc) {
         shares_free(s);
         return rc;
@@ -157,18 +159,29 @@ static json_t *json_shares(const struct shares *s)
     return all;
 }
 
+/* NULL: nothing was measured. */
+static json_t *json_window(const struct profile_window *w)
+{
+    if (!w->pool)
+        return NULL;
+    if (!w->l_min)
+        return json_pack("{s:I}", "pool", (json_int_t)w->pool);
+    return json_pack("{s:I, s:I, s:f}", "pool", (json_int_t)w->pool, "lmin", (json_int_t)w->l_min,
+                     "tau", w->tau_milli / 1000.0);
+}
+
 static json_t *json_profile(const struct measuring *m, const char *fingerprint,
                             const struct shares *s)
 {
     const struct backend *b = m->s->backend;
     const struct kv_geom *g = &b->p->geom;
 
-    return json_pack("{s:i, s:s, s:s, s:I, s:I, s:I, s:s, s:s, s:s, s:O, s:o}", "version",
-                     PROFILE_VERSION, "model_fingerprint", fingerprint, "id", s->id, "n_layers",
-                     (json_int_t)g->n_layers, "n_kv_heads", (json_int_t)g->n_kv_heads, "measured",
-                     (json_int_t)time(NULL), "backend", b->ops->name, "dtype",
+    return json_pack("{s:i, s:s, s:s, s:I, s:I, s:I, s:s, s:s, s:s, s:O, s:o, s:o*}", "version",
+                     s->window.pool ? 2 : 1, "model_fingerprint", fingerprint, "id", s->id,
+                     "n_layers", (json_int_t)g->n_layers, "n_kv_heads", (json_int_t)g->n_kv_heads,
+                     "measured", (json_int_t)time(NULL), "backend", b->ops->name, "dtype",
                      kv_dtype_name(b->elem), "template", m->s->tmpl->name, "texts", m->texts,
-                     "shares", json_shares(s));
+                     "shares", json_shares(s), "window", json_window(&s->window));
 }
 
 int measuring_end(struct measuring *m, struct shares **ret_shares, json_t **ret_profile,

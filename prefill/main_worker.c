@@ -286,13 +286,14 @@ static int read_document(struct job *j, const char *source, uint64_t bytes, int 
 /* What would fail after the daemon's go, checked before it. */
 static int check_policy(struct job *j, const char *text, struct larder_err *e)
 {
+    const struct shares *s = j->model->s.shares;
     struct policy p;
     uint32_t rows;
     int rc = policy_parse(text, &j->policy, e);
 
     p = j->policy;
     if (!rc)
-        rc = policy_resolve(&p, model_params(j->s.model)->geom.n_layers, e);
+        rc = policy_resolve(&p, model_params(j->s.model)->geom.n_layers, s ? &s->window : NULL, e);
     if (!rc)
         rc = policy_rows(&p, &p.rows, j->doc.n, &rows, e);
     return rc ? rc : policy_rows(&p, &p.select, j->doc.n, &rows, e);
@@ -348,19 +349,21 @@ static int calibrate(struct job *j, struct larder_err *e)
     return 0;
 }
 
-/* A policy that shares its budget out names the table in W_PREPARED, so it must be there. */
+/* A policy that depends on a profile names it in W_PREPARED. Only one that cannot do without has
+ * it measured now: nobody who asks for `asl` expects to wait for that. */
 static int need_profile(struct job *j, struct larder_err *e)
 {
+    bool missing = policy_needs_profile(&j->policy) && !j->model->s.shares;
     int rc = 0;
 
     if (!policy_uses_profile(&j->policy))
         return 0;
-    if (!j->model->s.shares && !j->may_calibrate)
+    if (missing && !j->may_calibrate)
         return larder_fail(e, LARDER_EUNSUPPORTED,
                            "the policy needs the profile of model %.64s and there is none; run "
                            "'larder calibrate %.64s'",
                            j->model->name, j->model->name);
-    if (!j->model->s.shares)
+    if (missing)
         rc = calibrate(j, e);
     j->s.shares = j->model->s.shares;
     return rc ? rc : shares_name_in(j->s.shares, &j->policy, e);

@@ -141,6 +141,15 @@ static int set_decimal(double *to, enum policy_key k, const char *v, double max,
     return read_decimal(v, max, to) ? 0 : bad_value(e, k, v, want);
 }
 
+static int set_tau(struct policy *p, const char *v, struct larder_err *e)
+{
+    if (!strcmp(v, "auto")) {
+        p->tau = POLICY_AUTO_TAU;
+        return 0;
+    }
+    return set_decimal(&p->tau, KEY_TAU, v, MAX_TAU, "a decimal number such as 0.3, or auto", e);
+}
+
 static int set_percent(double *to, enum policy_key k, const char *v, struct larder_err *e)
 {
     return read_percent(v, to) ? 0 : bad_value(e, k, v, "a share from 0% to 100%");
@@ -167,10 +176,10 @@ static int set_word(unsigned *to, enum policy_key k, const char *v, struct larde
 
 static int set_pool(struct policy *p, const char *v, struct larder_err *e)
 {
-    uint32_t n;
+    uint32_t n = POLICY_AUTO;
 
-    if (!read_count(v, MAX_POOL, &n) || n % 2 == 0)
-        return bad_value(e, KEY_POOL, v, "an odd number from 1 to 1023");
+    if (strcmp(v, "auto") && (!read_count(v, MAX_POOL, &n) || n % 2 == 0))
+        return bad_value(e, KEY_POOL, v, "an odd number from 1 to 1023, or auto");
     p->pool_kernel = n;
     return 0;
 }
@@ -243,7 +252,7 @@ static int set_value(struct policy *p, enum policy_key k, const char *v, struct 
     case KEY_LOBS:
         return set_count(&p->l_obs, k, v, 2, KV_MAX_LAYERS, "a number of layers from 2", e);
     case KEY_TAU:
-        return set_decimal(&p->tau, k, v, MAX_TAU, "a decimal number such as 0.3", e);
+        return set_tau(p, v, e);
     case KEY_LAYER:
         return set_layer(&p->layer, k, v, e);
     case KEY_SINK:
@@ -389,6 +398,9 @@ int policy_parse(const char *text, struct policy *ret, struct larder_err *e)
         rc = policy_check(&p, e);
     if (!rc && seen & BIT(MAX_KL) && p.rows.kind != ROWS_AUTO)
         rc = larder_fail(e, LARDER_EPOLICY, "policy: max_kl goes with rows=auto");
+    if (!rc && *p.profile && !policy_uses_profile(&p))
+        rc = larder_fail(e, LARDER_EPOLICY,
+                         "policy: profile is given, but every number of the policy is written out");
     if (rc)
         return rc;
     if (!(seen & BIT(SELECT)))
@@ -411,26 +423,22 @@ static void print_budget(const struct row_budget *b, char *out, size_t cap)
     snprintf(out, cap, "%s%s", num, b->kind == ROWS_SHARE ? "%" : "");
 }
 
-static void print_layer(uint32_t layer, char *out, size_t cap)
-{
-    if (layer == POLICY_AUTO)
-        snprintf(out, cap, "auto");
-    else
-        snprintf(out, cap, "%u", layer);
-}
-
 /* Keys that are numbers of rows, tokens or layers. */
 static bool print_count(const struct policy *p, enum policy_key k, char *out, size_t cap)
 {
     const uint32_t *x = k == KEY_W         ? &p->n_obs
                         : k == KEY_POOL    ? &p->pool_kernel
+                        : k == KEY_LMIN    ? &p->l_min
+                        : k == KEY_LAYER   ? &p->layer
                         : k == KEY_LOBS    ? &p->l_obs
                         : k == KEY_SINK    ? &p->sink
                         : k == KEY_CHUNK   ? &p->chunk
                         : k == KEY_CONTEXT ? &p->context
                                            : NULL;
 
-    if (x)
+    if (x && *x == POLICY_AUTO)
+        snprintf(out, cap, "auto");
+    else if (x)
         snprintf(out, cap, "%u", *x);
     return x;
 }
@@ -480,10 +488,8 @@ static void print_value(const struct policy *p, enum policy_key k, char *out, si
         print_budget(&p->rows, out, cap);
     else if (k == KEY_SELECT)
         print_budget(&p->select, out, cap);
-    else if (k == KEY_LMIN)
-        print_layer(p->l_min, out, cap);
-    else if (k == KEY_LAYER)
-        print_layer(p->layer, out, cap);
+    else if (k == KEY_TAU && p->tau < 0)
+        snprintf(out, cap, "auto");
     else if (k == KEY_PROFILE)
         snprintf(out, cap, "%s", p->profile);
     else if (!print_count(p, k, out, cap) && !print_number(p, k, out, cap))
@@ -506,10 +512,15 @@ void policy_print(const struct policy *p, char out[POLICY_TEXT_MAX])
 
 /* ---- against a model and a document */
 
-static int resolve_lmin(struct policy *p, uint32_t n_layers, struct larder_err *e)
+static int resolve_lmin(struct policy *p, uint32_t n_layers, const struct profile_window *w,
+                        struct larder_err *e)
 {
+    bool measured = w && w->l_min;
+
     if (p->l_min == POLICY_AUTO)
-        p->l_min = n_layers / 3;
+        p->l_min = measured ? w->l_min : n_layers / 3;
+    if (p->tau < 0)
+        p->tau = measured ? w->tau_milli / 1000.0 : 0.3;
     if (p->l_min >= n_layers)
         return larder_fail(e, LARDER_EPOLICY, "policy: lmin=%u, but the model's layers are 0 to %u",
                            p->l_min, n_layers - 1);
@@ -521,12 +532,15 @@ static int resolve_lmin(struct policy *p, uint32_t n_layers, struct larder_err *
     return 0;
 }
 
-int policy_resolve(struct policy *p, uint32_t n_layers, struct larder_err *e)
+int policy_resolve(struct policy *p, uint32_t n_layers, const struct profile_window *w,
+                   struct larder_err *e)
 {
     uint64_t n = n_layers;
 
+    if (p->pool_kernel == POLICY_AUTO)
+        p->pool_kernel = w && w->pool ? w->pool : policy_pool_default(p);
     if (policy_is_adaptive(p))
-        return resolve_lmin(p, n_layers, e);
+        return resolve_lmin(p, n_layers, w, e);
     if (p->cut != CUT_FIXED && p->cut != CUT_FIXED2)
         return 0;
     if (p->layer == POLICY_AUTO) /* FastKV's 15 and GemFilter's 13 of 32 layers */

@@ -114,11 +114,11 @@ struct policy {
     struct row_budget select; /* propagated past the cut (select_k) */
     uint32_t n_obs;           /* w: last rows, observed from where that applies, always kept */
     uint32_t sink;            /* first rows, always kept */
-    uint32_t pool_kernel;     /* odd */
+    uint32_t pool_kernel;     /* odd; UINT32_MAX: auto */
     enum pool_kind pool;
-    uint32_t l_min; /* UINT32_MAX: auto = floor(n_layers / 3) */
+    uint32_t l_min; /* UINT32_MAX: auto */
     uint32_t l_obs;
-    double tau;
+    double tau;       /* negative: auto */
     uint32_t layer;   /* of a fixed cut; UINT32_MAX: auto */
     double guard;     /* SHAPE_LAYER: percent of an equal budget that each head is sure of */
     double eps;       /* OBS_EXPECTED: added to the probability before the value's norm */
@@ -132,7 +132,7 @@ struct policy {
     /* SHAPE_SHARES, SHAPE_HEADS: [n_layers][n_kv_heads], none negative. Not part of the string:
      * the caller sets it after parsing. Borrowed; NULL: none was calibrated. */
     const double *shares;
-    /* which table of shares (profile_id.h), where the shape reads one; "": the model's */
+    /* which calibration (profile_id.h), where something depends on one; "": the model's */
     char profile[PROFILE_ID_LEN + 1];
 };
 
@@ -143,8 +143,11 @@ int policy_parse(const char *text, struct policy *ret, struct larder_err *e);
 /* The canonical spelling: every key that the policy uses, in fixed order, defaults written out. */
 void policy_print(const struct policy *p, char out[POLICY_TEXT_MAX]);
 
-/* Against a model: layers in range, l_min >= l_obs - 1; resolves `auto`. */
-int policy_resolve(struct policy *p, uint32_t n_layers, struct larder_err *e);
+/* Against a model: layers in range, l_min >= l_obs - 1. Resolves `auto`: pool, lmin and tau are
+ * what was measured (`w`; NULL: never calibrated) and otherwise the documented defaults: 7 (5
+ * where the method's authors use it), floor(n_layers / 3) and 0.3. */
+int policy_resolve(struct policy *p, uint32_t n_layers, const struct profile_window *w,
+                   struct larder_err *e);
 
 /* Rows for a document of n tokens: min(n, ...), LARDER_EBUDGET when that is fewer than n and
  * not more than the rows that always stay (sink and n_obs). ROWS_AUTO gives n. */
@@ -164,11 +167,18 @@ static inline bool policy_is_two_pass(const struct policy *p)
     return p->cut == CUT_FIXED2 || p->cut == CUT_ADAPTIVE2;
 }
 
-/* Is the budget shared out by a table that was measured on the model? */
-static inline bool policy_uses_profile(const struct policy *p)
+/* Is the budget shared out by a table that was measured on the model? Without it nothing can be
+ * computed. */
+static inline bool policy_needs_profile(const struct policy *p)
 {
     return p->shape == SHAPE_SHARES || p->shape == SHAPE_HEADS;
 }
+
+/* Does it need a profile, or take numbers from one where there is one? */
+bool policy_uses_profile(const struct policy *p);
+
+/* Does anything in it come from a profile that says this? */
+bool policy_depends_on(const struct policy *p, const struct profile_window *w);
 
 static inline bool policy_is_replay(const struct policy *p)
 {

@@ -174,12 +174,20 @@ static uint32_t sink_of(const struct policy *p)
     }
 }
 
+uint32_t policy_pool_default(const struct policy *p)
+{
+    const struct named *t = &table[p->kind];
+
+    return t->pool ? t->pool : p->obs == OBS_DOT ? 5 : 7;
+}
+
 void policy_follow_axes(struct policy *p)
 {
     const struct named *t = &table[p->kind];
 
     p->n_obs = window_of(p, t);
-    p->pool_kernel = t->pool ? t->pool : p->obs == OBS_DOT ? 5 : 7;
+    /* where a measured kernel may take the place of ASL's 7; names of kvpress do as kvpress does */
+    p->pool_kernel = t->pool || p->obs == OBS_DOT ? policy_pool_default(p) : POLICY_AUTO;
     p->sink = sink_of(p);
     p->eps = p->shape == SHAPE_LAYER ? 0.01 : 0;
     p->guard = t->unguarded ? 0 : 20;
@@ -203,7 +211,7 @@ struct policy policy_defaults(enum policy_kind kind)
         .pool = POOL_AVG,
         .l_min = POLICY_AUTO,
         .l_obs = 8,
-        .tau = 0.3,
+        .tau = POLICY_AUTO_TAU,
         .layer = POLICY_AUTO,
         .chunk = t->chunk ? t->chunk : 512,
         .replay = 100,
@@ -275,6 +283,22 @@ static unsigned keys_needed(const struct policy *p)
     if (p->rows.kind == ROWS_AUTO)
         keys |= BIT(MAX_KL);
     return keys;
+}
+
+bool policy_uses_profile(const struct policy *p)
+{
+    static const struct profile_window all = {1, 1, 1};
+
+    return policy_depends_on(p, &all);
+}
+
+bool policy_depends_on(const struct policy *p, const struct profile_window *w)
+{
+    unsigned keys = keys_needed(p);
+
+    if (policy_needs_profile(p) || (w->pool && keys & BIT(POOL) && p->pool_kernel == POLICY_AUTO))
+        return true;
+    return w->l_min && keys & BIT(TAU) && (p->l_min == POLICY_AUTO || p->tau < 0);
 }
 
 unsigned policy_keys_taken(const struct policy *p)

@@ -39,6 +39,7 @@ enum policy_key {
 };
 
 #define POLICY_AUTO UINT32_MAX
+#define POLICY_AUTO_TAU (-1.0)
 #define POLICY_BIT(k) (1u << KEY_##k)
 #define POLICY_AXES (POLICY_BIT(OBS) | POLICY_BIT(SHAPE) | POLICY_BIT(CUT))
 
@@ -56,6 +57,9 @@ struct policy policy_defaults(enum policy_kind kind);
 
 /* The defaults that belong to the axes which *p has now. */
 void policy_follow_axes(struct policy *p);
+
+/* The pooling kernel of a policy's authors. */
+uint32_t policy_pool_default(const struct policy *p);
 
 /* Bit masks over enum policy_key: keys that may be given, and those that are printed. */
 unsigned policy_keys_taken(const struct policy *p);

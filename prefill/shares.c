@@ -1,4 +1,5 @@
-/* shares.c - a table of shares: measured by one threshold over all heads, read by interpolation. */
+/* shares.c - a table of shares: measured by one threshold over all heads, read by interpolation;
+ * and the name that it and what stands beside it give a policy. */
 #include "shares.h"
 
 #include <math.h>
@@ -30,6 +31,17 @@ void shares_free(struct shares *s)
     mem_free(s);
 }
 
+static int set_id(struct shares *s, struct larder_err *e)
+{
+    return profile_id(s->n_heads, s->n_budgets, s->budget, s->share, &s->window, s->id, e);
+}
+
+int shares_set_window(struct shares *s, const struct profile_window *w, struct larder_err *e)
+{
+    s->window = *w;
+    return set_id(s, e);
+}
+
 int shares_add(struct shares *s, double budget, const float *share, struct larder_err *e)
 {
     if (s->n_budgets == SHARES_MAX_BUDGETS)
@@ -45,12 +57,19 @@ int shares_add(struct shares *s, double budget, const float *share, struct larde
                                budget);
     memcpy(s->share + (uint64_t)s->n_budgets * s->n_heads, share, s->n_heads * sizeof *share);
     s->budget[s->n_budgets++] = (float)budget;
-    return profile_id(s->n_heads, s->n_budgets, s->budget, s->share, s->id, e);
+    return set_id(s, e);
 }
 
 int shares_name_in(const struct shares *s, struct policy *p, struct larder_err *e)
 {
-    if (!policy_uses_profile(p) || !s || !strcmp(p->profile, s->id))
+    if (*p->profile && !s && !policy_needs_profile(p)) /* it would take the defaults instead */
+        return larder_fail(e, LARDER_EPOLICY,
+                           "policy: profile=%s, but the model has none; leave it out or calibrate "
+                           "the model",
+                           p->profile);
+    if (!s || !strcmp(p->profile, s->id))
+        return 0;
+    if (!*p->profile && !policy_depends_on(p, &s->window))
         return 0;
     if (*p->profile)
         return larder_fail(e, LARDER_EPOLICY,

@@ -44,6 +44,12 @@ canceled() {
     return 1
 }
 claim "a calibration under way is shown, and can be canceled" canceled
+asl_before() {
+    policy=asl,rows=50% put stored w1 "$dir/a" && says_none &&
+        larder show w1 | grep -q "^policy.*pool=auto.*lmin=auto.*tau=auto$" &&
+        larder show w1 | grep -q "^auto	pool, lmin, tau: documented defaults; larder calibrate"
+}
+claim "a window policy does not wait for a calibration, and show says whose numbers it took" asl_before
 claim "the first offline document calibrates by itself" put stored a "$dir/a"
 one() { same calibrations "$(calibrations)" 1; }
 claim "once" one
@@ -81,6 +87,31 @@ exports() {
         same policy "$(field policies.0 <"$dir/info")" "$(larder show a --json | field policy)"
 }
 claim "an exported profile means the same to the engine" exports
+windows() {
+    larder show-model smollm2 --json >"$dir/m" &&
+        same kernel "$(field profile.window.pool <"$dir/m")" 21 &&
+        python3 - "$dir/m" <<'PY' &&
+import json, sys
+w = json.load(open(sys.argv[1]))["profile"]["window"]
+assert 7 <= w["lmin"] < 20 and 0 < w["tau"] < 1, w
+PY
+        larder show-model smollm2 | grep -q "^pooling	kernel 21," &&
+        larder show-model smollm2 | grep -q "^adaptive cut	lmin $(field profile.window.lmin <"$dir/m"), tau"
+}
+claim "it measures what window policies leave open" windows
+asl_after() {
+    same reason "$(larder explain-miss --file "$dir/a" --policy asl,rows=50% --json | field reason)" other_policy &&
+        policy=asl,rows=50% put stored w2 "$dir/a" && named w2 &&
+        larder show w2 | grep -q "^auto	pool, lmin, tau: as the profile says" &&
+        python3 - <(larder show w2 --json) "$dir/m" <<'PY' &&
+import json, sys
+e, m = (json.load(open(p)) for p in sys.argv[1:])
+assert e["rank_variance"][0]["layer"] == m["profile"]["window"]["lmin"], e["rank_variance"]
+PY
+        policy=asl,rows=50%,pool=7,lmin=10,tau=0.3 put stored w3 "$dir/a" &&
+        ! larder show w3 | grep -q "^auto\|profile="
+}
+claim "which take them from then on, unless they are written out" asl_after
 traces() {
     larder trace --file "$dir/a" --policy "$policy" --json >"$dir/trace" && larder show a --json >"$dir/show" &&
         python3 - "$dir/trace" "$dir/show" <<'PY'

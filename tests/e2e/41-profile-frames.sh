@@ -70,6 +70,6 @@ PY
 }
 claim "a client's profile of another model is refused" refused LARDER_EINVAL 'p["model_fingerprint"] = "00" * 32'
 claim "one with other numbers than its id is refused" refused LARDER_EINVAL 'p["shares"][0]["share"][0] = 0.5'
-claim "one of a later version is refused" refused LARDER_EVERSION 'p["version"] = 2'
+claim "one of a later version is refused" refused LARDER_EVERSION 'p["version"] = 3'
 claim "the daemon still answers" larder status
 exit $rc

@@ -7,6 +7,10 @@ of its questions, and prints per policy the share of the questions answered righ
 cache that are still answered right. Results are appended to a file as they come; a second run
 computes only what is not there.
 
+With --paper the question is part of what is prefilled and pruned, as in the papers whose policies
+look at a document's end: each question with its document is one of its own, and only the
+question's last token is asked on the pruned rows, since an answer must begin somewhere.
+
 Exit status 77: the tasks or the model are not there.
 """
 import argparse
@@ -21,6 +25,7 @@ import results
 from engine import MODEL, Engine, EngineError, read_jsonl
 
 SPARE_TOKENS = 4  # generated beyond the known answer
+PAPER = "+paper"  # behind the name of a question that is part of its document
 
 
 class Bar:
@@ -56,6 +61,18 @@ def by_document(tasks):
     return list(docs.items())
 
 
+def with_question(tasks):
+    """The tasks of --paper. They keep the document's hash: questions about one document are not
+    independent, whatever stands behind it."""
+    out = []
+    for doc, ts in by_document(tasks):
+        for t in ts:
+            ids = t["prefix_ids"] + t["tail_ids"]
+            out.append(dict(t, id=t["id"] + PAPER, source=doc, prefix_ids=ids[:-1],
+                            tail_ids=ids[-1:]))
+    return out
+
+
 def fill_gold(engine, tasks):
     """gold_ids of every task: a space, as after the answer's beginning, and the answer. Several
     answers have no one sequence of tokens."""
@@ -85,7 +102,7 @@ def result(task, doc, scored, what):
     r = {k: scored.get(k) for k in
          ("policy", "n_ctx", "rows", "row_bytes", "full_bytes", "all_top1", "nll", "kl",
           "top1_agree", "text", "prefill_ms")}
-    r.update(what, id=task["id"], task=task["task"], doc=doc, found=results.found(task, r["text"]),
+    r.update(what, id=task["id"], task=task["task"], doc=task.get("source", doc), found=results.found(task, r["text"]),
              right=bool(results.is_right(task, scored)),
              cert_kl=(scored.get("certificate") or {}).get("kl"),
              ranks=[g["rank"] for g in scored["gold"]])
@@ -145,7 +162,8 @@ def report_certificates(by_policy):
 def report(store, tasks, policies, what, args):
     rows = results.table(store, tasks, policies, what, seed=args.seed)
     title = "%s: %d questions on %d documents; %s, %s; %s" % (
-        os.path.basename(args.tasks), len(tasks), len(by_document(tasks)),
+        os.path.basename(args.tasks), len(tasks), len({t.get("source", d) for d, ts in
+                                                       by_document(tasks) for t in ts}),
         os.path.basename(args.model), what["dtype"], what["isa"])
     print(title + "\n")
     print(results.as_text(rows))
@@ -176,6 +194,8 @@ def parse_args(argv):
     a.add_argument("--results", help="file that results are appended to "
                    "(default: BUILD/eval/ and the name of the tasks)")
     a.add_argument("--limit", type=int, help="only the first N documents")
+    a.add_argument("--every", type=int, default=1, help="only every N-th question")
+    a.add_argument("--paper", action="store_true", help="the question is part of the document")
     a.add_argument("--max-new", type=int, help="tokens to generate at most "
                    "(default: the known answer's and %d more)" % SPARE_TOKENS)
     a.add_argument("--fresh", action="store_true", help="compute again what is there")
@@ -198,9 +218,11 @@ def main(argv=None):
         if not os.path.exists(path):
             print("skipped: the %s are not at %s" % (what, path), file=sys.stderr)
             return 77
-    tasks = read_jsonl(args.tasks)
+    tasks = read_jsonl(args.tasks)[::args.every]
     if args.limit is not None:
         tasks = [t for _, ts in by_document(tasks)[:args.limit] for t in ts]
+    if args.paper:
+        tasks = with_question(tasks)
     engine = Engine(args.build, args.model, args.backend, args.dtype, args.threads, args.profile)
     store = results.Store(args.results)
     for path in filter(None, (args.csv, args.markdown)):

@@ -256,6 +256,30 @@ def one_call_per_document_and_none_for_what_is_there():
 
 
 @claim
+def in_paper_mode_a_question_is_part_of_its_document():
+    two = [task("a", [1, 2], tail_ids=[5, 6, 7]), task("b", [1, 2], tail_ids=[8, 9])]
+    got = public.with_question(two)
+    assert [(t["id"], t["prefix_ids"], t["tail_ids"]) for t in got] == [
+        ("a+paper", [1, 2, 5, 6], [7]), ("b+paper", [1, 2, 8], [9])]
+    assert got[0]["source"] == got[1]["source"]
+    with workplace(two) as tmp:
+        rc, out, calls = run_public(tmp, "--policy", "good", "--paper")
+        assert rc == 0 and calls == ["ask full good,w=32"] * 2, (rc, out, calls)
+        assert "2 questions on 1 documents" in out, out
+        path = os.path.join(tmp, "eval", "tasks.jsonl")
+        assert len({r["doc"] for r in engine.read_jsonl(path)}) == 1
+        rc, out, calls = run_public(tmp, "--policy", "good")  # is another result
+        assert rc == 0 and calls == ["ask full good,w=32"], (rc, out, calls)
+
+
+@claim
+def every_second_question_is_every_second_line():
+    with workplace(TWO_DOCS) as tmp:
+        rc, out, _ = run_public(tmp, "--every", "2")
+        assert rc == 0 and "2 questions on 2 documents" in out, out
+
+
+@claim
 def a_failed_document_is_named_and_what_came_before_is_kept():
     with workplace(TWO_DOCS) as tmp:
         rc, out, _ = run_public(tmp, "--policy", "good", "--policy", "broken")

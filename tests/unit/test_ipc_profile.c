@@ -8,8 +8,8 @@ enum { LAYERS = 2, HEADS = 3, N = LAYERS * HEADS };
 
 #define FP "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
 
-/* The profile that the cases change: {budget: share of each head}. */
-static json_t *good(void)
+/* {budget: share of each head}, with the id that goes with w. */
+static json_t *make(const struct profile_window *w)
 {
     static const float budget[] = {0.25f, 0.5f};
     static const float share[2 * N] = {0.125f, 0.25f, 0.5f, 0, 0.375f, 0.25f,
@@ -17,7 +17,7 @@ static json_t *good(void)
     char id[PROFILE_ID_LEN + 1];
     json_t *shares = json_array();
 
-    assert_int_equal(profile_id(N, 2, budget, share, id, NULL), 0);
+    assert_int_equal(profile_id(N, 2, budget, share, w, id, NULL), 0);
     for (int i = 0; i < 2; i++) {
         json_t *list = json_array();
 
@@ -27,10 +27,34 @@ static json_t *good(void)
                               json_pack("{s:f, s:o}", "budget", (double)budget[i], "share", list));
     }
     return json_pack("{s:i, s:s, s:s, s:i, s:i, s:i, s:s, s:s, s:s, s:[{s:s, s:i}], s:o}",
-                     "version", 1, "model_fingerprint", FP, "id", id, "n_layers", LAYERS,
-                     "n_kv_heads", HEADS, "measured", 1700000000, "backend", "cpu", "dtype", "f32",
-                     "template", "plain", "texts", "name", "t.txt", "n_tokens", 9, "shares",
+                     "version", w->pool ? 2 : 1, "model_fingerprint", FP, "id", id, "n_layers",
+                     LAYERS, "n_kv_heads", HEADS, "measured", 1700000000, "backend", "cpu", "dtype",
+                     "f32", "template", "plain", "texts", "name", "t.txt", "n_tokens", 9, "shares",
                      shares);
+}
+
+/* The profile that the cases change. */
+static json_t *good(void)
+{
+    const struct profile_window none = {0};
+
+    return make(&none);
+}
+
+/* One of version 2, whose id is that of pool 21, lmin 1, tau 0.45. */
+static json_t *with_window(json_t *window)
+{
+    const struct profile_window w = {21, 1, 450};
+    json_t *j = make(&w);
+
+    json_object_set_new(j, "window", window);
+    return j;
+}
+
+/* "pool", "lmin" and "tau", as they are. */
+static json_t *window(int pool, int lmin, double tau)
+{
+    return with_window(json_pack("{s:i, s:i, s:f}", "pool", pool, "lmin", lmin, "tau", tau));
 }
 
 static int parse(json_t *j, struct profile *p, struct larder_err *e)
@@ -96,8 +120,45 @@ static void a_profile_is_read_as_it_was_written(void **state)
     assert_int_equal(profile_fits(&p, fp, LAYERS, HEADS + 1, &e), LARDER_EINVAL);
     fp[31]++;
     assert_int_equal(profile_fits(&p, fp, LAYERS, HEADS, &e), LARDER_EINVAL);
+    assert_int_equal(p.window.pool, 0); /* version 1 */
     profile_done(&p);
     profile_done(&p);
+}
+
+static void a_window_is_read_as_it_was_written(void **state)
+{
+    struct profile p = {0};
+
+    (void)state;
+    assert_int_equal(parse(window(21, 1, 0.45), &p, NULL), 0);
+    assert_int_equal(p.window.pool, 21);
+    assert_int_equal(p.window.l_min, 1);
+    assert_int_equal(p.window.tau_milli, 450);
+    profile_done(&p);
+}
+
+static void windows_that_cannot_be_are_refused(void **state)
+{
+    (void)state;
+    assert_refused(with_window(json_pack("{s:i}", "pool", 21)), "its numbers are");
+    assert_refused(window(21, 1, 0.5), "its numbers are");
+    assert_refused(window(20, 1, 0.45), "not odd");
+    assert_refused(window(0, 1, 0.45), "not odd");
+    assert_refused(window(1025, 1, 0.45), "pool");
+    assert_refused(window(21, LAYERS, 0.45), "lmin");
+    assert_refused(window(21, 0, 0.45), "lmin 0");
+    assert_refused(window(21, 1, 0), "tau");
+    assert_refused(window(21, 1, 1.5), "tau");
+    assert_refused(window(21, 1, 0.4505), "tau");
+    assert_refused(with_window(json_pack("{s:i, s:i, s:s}", "pool", 21, "lmin", 1, "tau", "0.45")),
+                   "tau");
+    assert_refused(with_window(json_pack("{s:i, s:f}", "lmin", 1, "tau", 0.45)), "pool");
+    assert_refused(with_window(json_pack("{s:i, s:i}", "pool", 21, "lmin", 1)), "tau");
+    assert_refused(with_window(json_pack("{s:i, s:f}", "pool", 21, "tau", 0.45)), "lmin");
+    assert_refused(with_window(json_pack("{s:i, s:b}", "pool", 21, "surprise", 1)), "surprise");
+    assert_refused(with_window(json_integer(21)), "no object");
+    assert_refused(with("window", json_pack("{s:i}", "pool", 21)), "version 1");
+    assert_refused(with("version", json_integer(2)), "version 2");
 }
 
 static void every_field_is_needed_and_typed(void **state)
@@ -164,7 +225,7 @@ static void what_is_no_json_or_too_deep_or_too_long_is_refused(void **state)
     assert_int_equal(profile_parse("{\"a\":1,\"a\":2}", 13, &p, NULL), LARDER_EINVAL);
     assert_int_equal(profile_parse(deep, sizeof deep, &p, NULL), LARDER_EINVAL);
     assert_int_equal(profile_parse(big, PROFILE_MAX_BYTES + 1, &p, NULL), LARDER_ETOOBIG);
-    assert_int_equal(parse(with("version", json_integer(2)), &p, NULL), LARDER_EVERSION);
+    assert_int_equal(parse(with("version", json_integer(3)), &p, NULL), LARDER_EVERSION);
     free(big);
 }
 
@@ -181,6 +242,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_profile_is_read_as_it_was_written),
+        cmocka_unit_test(a_window_is_read_as_it_was_written),
+        cmocka_unit_test(windows_that_cannot_be_are_refused),
         cmocka_unit_test(every_field_is_needed_and_typed),
         cmocka_unit_test(numbers_out_of_range_are_refused),
         cmocka_unit_test(budgets_ascend),

@@ -39,13 +39,13 @@ static void defaults_are_written_out(void **state)
 {
     (void)state;
     assert_prints("full", "full");
-    assert_prints("asl",
-                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
-    assert_prints("snapkv", "snapkv,rows=2048,w=32,pool=7,poolkind=avg");
-    assert_prints("fastkv", "fastkv,rows=2048,select=2048,w=32,pool=7,poolkind=avg,layer=auto");
+    assert_prints(
+        "asl", "asl,rows=2048,select=2048,w=32,pool=auto,poolkind=avg,lmin=auto,lobs=8,tau=auto");
+    assert_prints("snapkv", "snapkv,rows=2048,w=32,pool=auto,poolkind=avg");
+    assert_prints("fastkv", "fastkv,rows=2048,select=2048,w=32,pool=auto,poolkind=avg,layer=auto");
     assert_prints("gemfilter", "gemfilter,rows=2048,pool=5,layer=auto");
     assert_prints("asl2pass",
-                  "asl2pass,rows=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3");
+                  "asl2pass,rows=2048,w=32,pool=auto,poolkind=avg,lmin=auto,lobs=8,tau=auto");
 }
 
 #define TAIL64 "rows=2048,w=64,pool=5,poolkind=avg"
@@ -80,16 +80,17 @@ static void keys_follow_the_axes(void **state)
 {
     (void)state;
     assert_prints("snapkv,shape=layer,rows=64",
-                  "snapkv,rows=64,w=32,pool=7,poolkind=avg,shape=layer,guard=20%");
-    assert_prints("snapkv,cut=adaptive,sink=4,rows=25%",
-                  "snapkv,rows=25%,select=25%,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0.3,"
-                  "cut=adaptive,sink=4");
+                  "snapkv,rows=64,w=32,pool=auto,poolkind=avg,shape=layer,guard=20%");
+    assert_prints(
+        "snapkv,cut=adaptive,sink=4,rows=25%",
+        "snapkv,rows=25%,select=25%,w=32,pool=auto,poolkind=avg,lmin=auto,lobs=8,tau=auto,"
+        "cut=adaptive,sink=4");
     assert_prints("asl,obs=keys,precision=int8,rows=9",
-                  "asl,rows=9,select=9,lmin=auto,lobs=8,tau=0.3,obs=keys,sink=4,precision=int8");
+                  "asl,rows=9,select=9,lmin=auto,lobs=8,tau=auto,obs=keys,sink=4,precision=int8");
     assert_prints("adakv,obs=expected", "adakv,rows=2048,obs=expected,sink=4,guard=20%,eps=0.01");
     assert_prints("criticalkv,obs=expected,shape=layer",
                   "criticalkv,rows=2048,obs=expected,shape=layer,sink=4,guard=20%");
-    assert_prints("asl,obs=keys,sink=0,rows=9,lmin=9",
+    assert_prints("asl,obs=keys,sink=0,rows=9,lmin=9,tau=0.3",
                   "asl,rows=9,select=9,lmin=9,lobs=8,tau=0.3,obs=keys,sink=0");
     assert_prints("kvzip,shape=layer,chunk=256,replay=50%",
                   "kvzip,rows=50%,shape=layer,sink=4,guard=0%,chunk=256,replay=50%");
@@ -135,19 +136,19 @@ static void combinations_without_meaning_are_refused(void **state)
 static void spelling_is_one_per_meaning(void **state)
 {
     const char *canonical =
-        "asl,rows=256,select=256,w=32,pool=7,poolkind=avg,lmin=14,lobs=8,tau=0.3";
+        "asl,rows=256,select=256,w=32,pool=auto,poolkind=avg,lmin=14,lobs=8,tau=0.3";
 
     (void)state;
-    assert_prints("asl,rows=256,lmin=14", canonical);
+    assert_prints("asl,rows=256,lmin=14,tau=0.3", canonical);
     assert_prints("asl,tau=0.300,lmin=014,rows=0256", canonical);
     assert_prints("asl,tau=.3,select=256,lmin=14,rows=256", canonical);
     assert_prints(canonical, canonical);
-    assert_prints("snapkv,rows=25.0%,poolkind=max", "snapkv,rows=25%,w=32,pool=7,poolkind=max");
-    assert_prints("snapkv,rows=100%", "snapkv,rows=all,w=32,pool=7,poolkind=avg");
+    assert_prints("snapkv,rows=25.0%,poolkind=max", "snapkv,rows=25%,w=32,pool=auto,poolkind=max");
+    assert_prints("snapkv,rows=100%", "snapkv,rows=all,w=32,pool=auto,poolkind=avg");
     assert_prints("asl,tau=0",
-                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=0");
+                  "asl,rows=2048,select=2048,w=32,pool=auto,poolkind=avg,lmin=auto,lobs=8,tau=0");
     assert_prints("asl,tau=1.5",
-                  "asl,rows=2048,select=2048,w=32,pool=7,poolkind=avg,lmin=auto,lobs=8,tau=1.5");
+                  "asl,rows=2048,select=2048,w=32,pool=auto,poolkind=avg,lmin=auto,lobs=8,tau=1.5");
 }
 
 static void select_follows_rows_unless_given(void **state)
@@ -225,19 +226,78 @@ static void auto_layers_depend_on_the_model(void **state)
     struct policy p = parsed("asl");
 
     (void)state;
-    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), 0);
     assert_int_equal(p.l_min, 10);
     p = parsed("fastkv");
-    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), 0);
     assert_int_equal(p.layer, 14);
     p = parsed("gemfilter");
-    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), 0);
     assert_int_equal(p.layer, 12);
     p = parsed("fastkv");
-    assert_int_equal(policy_resolve(&p, 32, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 32, NULL, NULL), 0);
     assert_int_equal(p.layer, 15);
     p = parsed("snapkv");
-    assert_int_equal(policy_resolve(&p, 1, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 1, NULL, NULL), 0);
+}
+
+/* Keys of entries that were made before a model was calibrated contain `auto` without a profile:
+ * these numbers never change. */
+static void without_a_profile_auto_is_the_authors_numbers(void **state)
+{
+    struct policy p = parsed("asl");
+
+    (void)state;
+    assert_int_equal(policy_resolve(&p, 32, NULL, NULL), 0);
+    assert_int_equal(p.pool_kernel, 7);
+    assert_int_equal(p.l_min, 10);
+    assert_true(p.tau == 0.3);
+    p = parsed("adakv,pool=auto");
+    assert_int_equal(policy_resolve(&p, 32, NULL, NULL), 0);
+    assert_int_equal(p.pool_kernel, 5);
+}
+
+static void auto_is_what_was_measured(void **state)
+{
+    const struct profile_window all = {21, 14, 450}, pool = {13, 0, 0};
+    struct policy p = parsed("asl,shape=layer");
+
+    (void)state;
+    assert_true(policy_depends_on(&p, &all));
+    assert_int_equal(policy_resolve(&p, 30, &all, NULL), 0);
+    assert_int_equal(p.pool_kernel, 21);
+    assert_int_equal(p.l_min, 14);
+    assert_true(p.tau == 0.45);
+    p = parsed("asl2pass");
+    assert_int_equal(policy_resolve(&p, 30, &pool, NULL), 0);
+    assert_int_equal(p.pool_kernel, 13);
+    assert_int_equal(p.l_min, 10);
+    assert_true(p.tau == 0.3);
+}
+
+static void what_is_written_out_is_not_measured(void **state)
+{
+    const struct profile_window all = {21, 14, 450}, pool = {21, 0, 0};
+    struct policy p = parsed("asl,pool=7,lmin=10,tau=0.3");
+
+    (void)state;
+    assert_false(policy_uses_profile(&p));
+    assert_false(policy_depends_on(&p, &all));
+    assert_int_equal(policy_resolve(&p, 30, &all, NULL), 0);
+    assert_int_equal(p.pool_kernel, 7);
+    assert_int_equal(p.l_min, 10);
+    assert_true(p.tau == 0.3);
+    p = parsed("asl,pool=7"); /* depends on what the profile does not say */
+    assert_true(policy_uses_profile(&p));
+    assert_false(policy_depends_on(&p, &pool));
+    p = parsed("snapkv");
+    assert_true(policy_depends_on(&p, &pool));
+    assert_false(policy_needs_profile(&p));
+    p = parsed("snapkv,obs=keys"); /* pools nothing */
+    assert_false(policy_uses_profile(&p));
+    p = parsed("adakv");
+    assert_false(policy_uses_profile(&p));
+    assert_refused("asl,pool=7,lmin=10,tau=0.3,profile=0123456789ab", "written out");
 }
 
 static void layers_must_exist(void **state)
@@ -245,15 +305,15 @@ static void layers_must_exist(void **state)
     struct policy p = parsed("asl,lmin=30");
 
     (void)state;
-    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), LARDER_EPOLICY);
     p = parsed("fastkv,layer=30");
-    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), LARDER_EPOLICY);
     p = parsed("fastkv,layer=29");
-    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), 0);
     p = parsed("asl,lmin=6"); /* eight layers up to the seventh do not exist */
-    assert_int_equal(policy_resolve(&p, 30, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), LARDER_EPOLICY);
     p = parsed("asl,lmin=7");
-    assert_int_equal(policy_resolve(&p, 30, NULL), 0);
+    assert_int_equal(policy_resolve(&p, 30, NULL, NULL), 0);
 }
 
 static uint32_t rows_of(const char *text, uint32_t n)
@@ -317,6 +377,9 @@ int main(void)
         cmocka_unit_test(overlong_text_is_refused),
         cmocka_unit_test(longest_canonical_spelling_fits),
         cmocka_unit_test(auto_layers_depend_on_the_model),
+        cmocka_unit_test(without_a_profile_auto_is_the_authors_numbers),
+        cmocka_unit_test(auto_is_what_was_measured),
+        cmocka_unit_test(what_is_written_out_is_not_measured),
         cmocka_unit_test(layers_must_exist),
         cmocka_unit_test(budgets_become_rows),
         cmocka_unit_test(budget_must_hold_more_than_the_window),

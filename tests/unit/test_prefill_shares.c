@@ -88,13 +88,62 @@ static void a_policy_names_the_table_it_reads(void **state)
     shares_free(s);
 }
 
+static void the_other_numbers_are_part_of_the_id(void **state)
+{
+    static const float a[] = {0, .25f, .5f}, b[] = {.125f, .5f, 1};
+    const struct profile_window w = {21, 14, 500}, none = {0, 0, 0}, other = {21, 14, 550};
+    struct shares *s = table(3);
+
+    (void)state;
+    assert_int_equal(shares_add(s, .25, a, NULL), 0);
+    assert_int_equal(shares_add(s, .5, b, NULL), 0);
+    assert_int_equal(shares_set_window(s, &w, NULL), 0);
+    /* python: sha256(pack('<3I2f6f3I', 2, 3, 2, .25, .5, 0, .25, .5, .125, .5, 1, 21, 14, 500)) */
+    assert_string_equal(s->id, "d16ef6effee5");
+    assert_int_equal(shares_set_window(s, &other, NULL), 0);
+    assert_string_not_equal(s->id, "d16ef6effee5");
+    assert_int_equal(shares_set_window(s, &none, NULL), 0);
+    assert_string_equal(s->id, "ece65223c40b");
+    shares_free(s);
+}
+
+static void a_window_policy_names_what_it_takes_numbers_from(void **state)
+{
+    static const float a[] = {.5f};
+    const struct profile_window w = {21, 14, 500};
+    struct shares *s = table(1);
+    char text[POLICY_TEXT_MAX];
+    struct larder_err e;
+    struct policy p;
+
+    (void)state;
+    assert_int_equal(shares_add(s, .5, a, NULL), 0);
+    assert_int_equal(policy_parse("asl", &p, NULL), 0);
+    assert_int_equal(shares_name_in(s, &p, &e), 0); /* which says nothing of windows */
+    assert_string_equal(p.profile, "");
+    assert_int_equal(shares_set_window(s, &w, NULL), 0);
+    assert_int_equal(shares_name_in(s, &p, &e), 0);
+    policy_print(&p, text);
+    assert_non_null(strstr(text, ",tau=auto,profile="));
+    assert_string_equal(p.profile, s->id);
+    assert_int_equal(policy_parse("asl,pool=7,lmin=10,tau=0.3", &p, NULL), 0);
+    assert_int_equal(shares_name_in(s, &p, &e), 0);
+    assert_string_equal(p.profile, "");
+    assert_int_equal(policy_parse("asl,profile=0123456789ab", &p, NULL), 0);
+    assert_int_equal(shares_name_in(s, &p, &e), LARDER_EPOLICY);
+    assert_int_equal(shares_name_in(NULL, &p, &e), LARDER_EPOLICY);
+    assert_non_null(strstr(e.msg, "has none"));
+    shares_free(s);
+}
+
 static void only_a_policy_that_reads_a_table_may_name_one(void **state)
 {
     char text[POLICY_TEXT_MAX];
     struct policy p;
 
     (void)state;
-    assert_int_equal(policy_parse("snapkv,profile=0123456789ab", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("tova,profile=0123456789ab", &p, NULL), LARDER_EPOLICY);
+    assert_int_equal(policy_parse("snapkv,pool=7,profile=0123456789ab", &p, NULL), LARDER_EPOLICY);
     assert_int_equal(policy_parse("offline,profile=0123456789AB", &p, NULL), LARDER_EPOLICY);
     assert_int_equal(policy_parse("offline,profile=0123456789abc", &p, NULL), LARDER_EPOLICY);
     assert_int_equal(policy_parse("offline,profile=", &p, NULL), LARDER_EPOLICY);
@@ -268,6 +317,8 @@ int main(void)
         cmocka_unit_test(any_other_number_is_another_id),
         cmocka_unit_test(a_table_takes_ascending_budgets_and_fractions_only),
         cmocka_unit_test(a_policy_names_the_table_it_reads),
+        cmocka_unit_test(the_other_numbers_are_part_of_the_id),
+        cmocka_unit_test(a_window_policy_names_what_it_takes_numbers_from),
         cmocka_unit_test(only_a_policy_that_reads_a_table_may_name_one),
         cmocka_unit_test(shares_lie_between_the_measured_budgets),
         cmocka_unit_test(one_threshold_serves_all_heads),
