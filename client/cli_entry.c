@@ -110,10 +110,11 @@ int cli_ls(struct cli *c, struct larder_err *e)
 /* ---- show */
 
 /* "512" or "128-512", and how many in all. */
-static char *rows_text(const json_t *rows, uint64_t total)
+static char *rows_text(const json_t *rows, uint64_t total, uint64_t n_ctx)
 {
     const json_t *layer, *head;
-    uint64_t min = UINT64_MAX, max = 0;
+    uint64_t min = UINT64_MAX, max = 0, n_heads = 0;
+    double percent;
     size_t l, h;
 
     json_array_foreach (rows, l, layer) {
@@ -122,12 +123,15 @@ static char *rows_text(const json_t *rows, uint64_t total)
 
             min = n < min ? n : min;
             max = n > max ? n : max;
+            n_heads++;
         }
     }
+    percent = n_heads && n_ctx ? 100.0 * (double)total / ((double)n_heads * (double)n_ctx) : 0;
     if (min == max)
-        return cli_text("%" PRIu64 " per layer and KV head, %" PRIu64 " in all", max, total);
-    return cli_text("%" PRIu64 " to %" PRIu64 " per layer and KV head, %" PRIu64 " in all",
-                    min == UINT64_MAX ? 0 : min, max, total);
+        return cli_text("%.1f %%: %" PRIu64 " per layer and KV head, %" PRIu64 " in all", percent,
+                        max, total);
+    return cli_text("%.1f %%: %" PRIu64 " to %" PRIu64 " per layer and KV head, %" PRIu64 " in all",
+                    percent, n_heads ? min : 0, max, total);
 }
 
 /* Where the policy leaves numbers open: whose they were. */
@@ -169,7 +173,9 @@ static void show_source(const struct cli *c, const json_t *en)
     cli_pair(c, "selection layer",
              json_is_integer(sel) ? cli_text("%" PRIu64, cli_num(en, "sel_layer"))
                                   : cli_text("none"));
-    cli_pair(c, "rows kept", rows_text(json_object_get(en, "rows"), cli_num(en, "rows_total")));
+    cli_pair(
+        c, "rows kept",
+        rows_text(json_object_get(en, "rows"), cli_num(en, "rows_total"), cli_num(en, "n_ctx")));
 }
 
 static double real(const json_t *o, const char *key)

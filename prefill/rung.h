@@ -35,11 +35,11 @@ int rung_open(struct rung *r, const struct backend *b, const struct policy *poli
               const struct engine_sink *sink, uint32_t n, struct larder_err *e);
 void rung_close(struct rung *r);
 
-/* Are rows refitted, and so chosen by the match's scores? Not where none is dropped: then there is
- * nothing to stand for. */
+/* Are rows refitted, and so chosen by the match's scores? Where none is dropped, only what codes
+ * lose is left to stand for. */
 static inline bool rung_fits(const struct rung *r)
 {
-    return r->policy->fit != FIT_NONE && r->keep.n_room;
+    return r->policy->fit != FIT_NONE && (r->keep.n_room || r->policy->precision != KV_BF16);
 }
 
 /* Choose the rows of a scored layer, refit them (m is not NULL where rung_fits()) and hand them

@@ -372,7 +372,7 @@ static void entries_are_listed_over_pages_and_shown(void **state)
     assert_int_equal(run(v, "ls --json"), 0);
     assert_int_equal(strncmp(v->out, "{\"entries\":[{\"key\":\"aaaa", 22), 0);
     assert_int_equal(run(v, "show x"), 0);
-    assert_non_null(strstr(v->out, "rows kept\t3 to 4 per layer and KV head, 7 in all\n"));
+    assert_non_null(strstr(v->out, "rows kept\t38.9 %: 3 to 4 per layer and KV head, 7 in all\n"));
     assert_non_null(strstr(v->out, "template\tt?[31m\n")); /* not the terminal's business */
     assert_int_equal(run(v, "show x --text"), 0);
     assert_string_equal(v->out, "line 1\nline 2\n");
