@@ -1,20 +1,20 @@
 /* ladder.c - budgets side by side, and the choice among them.
  *
- * The one idea: most documents are served by a quarter of their rows, and what a budget costs
- * grows with its square. So the small budgets share one replay, and the large ones another,
- * which is made only for a document that needs it. */
+ * The one idea: a fit's cost grows with the square of the budget. Up to half of the rows the
+ * budgets together cost less than a second replay would; all rows are refitted, after a replay
+ * of their own, only for a document that needs them. */
 #include "ladder.h"
 
 #include "cache.h"
 #include "mem.h"
 
-#define MAX_RUNGS 4u
+#define MAX_RUNGS 6u
 
 /* Percent of the document's rows, by replay. */
 static const struct flight {
     uint32_t n;
     double budget[MAX_RUNGS];
-} flights[] = {{4, {3.125, 6.25, 12.5, 25}}, {3, {37.5, 50, 100}}};
+} flights[] = {{6, {3.125, 6.25, 12.5, 25, 37.5, 50}}, {1, {100}}};
 #define N_FLIGHTS (sizeof flights / sizeof flights[0])
 
 struct ladder {

@@ -215,7 +215,7 @@ struct policy policy_defaults(enum policy_kind kind)
         .layer = POLICY_AUTO,
         .chunk = t->chunk ? t->chunk : 512,
         .replay = 100,
-        .max_kl = 0.01,
+        .max_kl = 0.006,
         .recent = 20,
         .decay = 0.9,
         .context = 64,

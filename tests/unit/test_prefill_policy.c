@@ -72,7 +72,7 @@ static void every_name_has_its_spelling(void **state)
     assert_prints("matching",
                   "matching,rows=25%,shape=shares,sink=4," REPLAY ",fit=matching,precision=bf16");
     assert_prints("offline", "offline,rows=auto,obs=replay,shape=shares,cut=off,sink=4," REPLAY
-                             ",max_kl=0.01,fit=matching,precision=int4");
+                             ",max_kl=0.006,fit=matching,precision=int4");
 }
 
 /* Moving an axis brings the keys of its new place and drops those of the old one. */
