@@ -1,20 +1,20 @@
 /* ladder.c - budgets side by side, and the choice among them.
  *
- * The one idea: a fit's cost grows with the square of the budget. Up to half of the rows the
- * budgets together cost less than a second replay would; all rows are refitted, after a replay
- * of their own, only for a document that needs them. */
+ * The one idea: a fit's cost grows with the square of the budget. Up to a quarter of the rows the
+ * budgets together cost little more than the largest alone, so they share one replay; the
+ * large ones share another, made only for a document that needs it. */
 #include "ladder.h"
 
 #include "cache.h"
 #include "mem.h"
 
-#define MAX_RUNGS 6u
+#define MAX_RUNGS 4u
 
 /* Percent of the document's rows, by replay. */
 static const struct flight {
     uint32_t n;
     double budget[MAX_RUNGS];
-} flights[] = {{6, {3.125, 6.25, 12.5, 25, 37.5, 50}}, {1, {100}}};
+} flights[] = {{4, {3.125, 6.25, 12.5, 25}}, {3, {37.5, 50, 100}}};
 #define N_FLIGHTS (sizeof flights / sizeof flights[0])
 
 struct ladder {
