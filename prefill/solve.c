@@ -1,17 +1,21 @@
 /* solve.c - a right-looking Cholesky factorisation in blocks of 64 columns.
  *
- * The one idea: the work is in the update behind a block, a product of its columns with their
- * own transpose. The block's rows are copied, negated and transposed once, so that the
- * update reads the matrix itself as one operand and writes it in place. */
+ * The one idea: all but a block's own triangle is a product of matrices. 16 right-hand sides
+ * stand in one panel, so that a triangle is solved for all of them at once; the rows below a
+ * block are such right-hand sides too, transposed, and stay transposed for the update. */
 #include "solve.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "mem.h"
 #include "mul.h"
 
 #define BLOCK 64u
 #define ROWS 128u /* rows of an update's item */
+#define FAST                                                                                       \
+    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
+                   optimize("O3", "fp-contract=off")))
 
 struct factor {
     struct backend *b;
@@ -19,7 +23,8 @@ struct factor {
     float *a;
     uint32_t n, ld;
     uint32_t at, w; /* this block: columns at .. at + w */
-    float *t;       /* [(n - at - w) / 16][w][16]: minus the block's rows below it, transposed */
+    float *t;       /* [(n - at - w) / 16][w][16]: minus the block's rows below it, transposed;
+                     * when that is done, [cols / 16][n][16]: minus the solution so far */
     float *x;
     uint32_t cols;
 };
@@ -47,28 +52,57 @@ static bool factor_diagonal(const struct factor *f)
     return true;
 }
 
-/* Item: rows below the block; each is solved against it and copied for the update. */
+/* L x = x for a triangle of n rows and a panel of right-hand sides, x[n][16]. */
+FAST static void solve_lower(const float *l, uint64_t ld, uint32_t n, float *x)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        float sum[MUL_WIDE];
+
+        for (uint32_t c = 0; c < MUL_WIDE; c++)
+            sum[c] = x[i * MUL_WIDE + c];
+        for (uint32_t k = 0; k < i; k++)
+            for (uint32_t c = 0; c < MUL_WIDE; c++)
+                sum[c] -= l[i * ld + k] * x[k * MUL_WIDE + c];
+        for (uint32_t c = 0; c < MUL_WIDE; c++)
+            x[i * MUL_WIDE + c] = sum[c] / l[i * ld + i];
+    }
+}
+
+/* The same for the transposed triangle. */
+FAST static void solve_upper(const float *l, uint64_t ld, uint32_t n, float *x)
+{
+    for (uint32_t i = n; i-- > 0;) {
+        float sum[MUL_WIDE];
+
+        for (uint32_t c = 0; c < MUL_WIDE; c++)
+            sum[c] = x[i * MUL_WIDE + c];
+        for (uint32_t k = i + 1; k < n; k++)
+            for (uint32_t c = 0; c < MUL_WIDE; c++)
+                sum[c] -= l[k * ld + i] * x[k * MUL_WIDE + c];
+        for (uint32_t c = 0; c < MUL_WIDE; c++)
+            x[i * MUL_WIDE + c] = sum[c] / l[i * ld + i];
+    }
+}
+
+/* Item: 16 rows below the block. */
 static void panel_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct factor *f = arg;
-    uint32_t first = f->at + f->w, row = first + item * ROWS;
-    uint32_t end = f->n - row < ROWS ? f->n : row + ROWS;
+    uint32_t row = f->at + f->w + item * MUL_WIDE;
+    uint32_t rows = f->n - row < MUL_WIDE ? f->n - row : MUL_WIDE;
+    float *x = f->a + (uint64_t)row * f->ld + f->at;
+    float *t = f->t + (uint64_t)item * f->w * MUL_WIDE;
 
     (void)worker;
-    for (; row < end; row++) {
-        float *x = f->a + (uint64_t)row * f->ld + f->at;
-        uint32_t i = row - first;
-        float *to = f->t + (uint64_t)(i / MUL_WIDE) * f->w * MUL_WIDE + i % MUL_WIDE;
-
-        for (uint32_t j = 0; j < f->w; j++) {
-            const float *l = f->a + (uint64_t)(f->at + j) * f->ld + f->at;
-            float sum = x[j];
-
-            for (uint32_t k = 0; k < j; k++)
-                sum -= x[k] * l[k];
-            x[j] = sum / l[j];
-            to[(uint64_t)j * MUL_WIDE] = -x[j];
-        }
+    for (uint32_t k = 0; k < f->w; k++)
+        for (uint32_t i = 0; i < MUL_WIDE; i++)
+            t[k * MUL_WIDE + i] = i < rows ? x[(uint64_t)i * f->ld + k] : 0;
+    solve_lower(f->a + (uint64_t)f->at * f->ld + f->at, f->ld, f->w, t);
+    for (uint32_t k = 0; k < f->w; k++) {
+        for (uint32_t i = 0; i < rows; i++)
+            x[(uint64_t)i * f->ld + k] = t[k * MUL_WIDE + i];
+        for (uint32_t i = 0; i < MUL_WIDE; i++)
+            t[k * MUL_WIDE + i] = -t[k * MUL_WIDE + i];
     }
 }
 
@@ -105,38 +139,68 @@ static bool factor(struct factor *f)
         if (!factor_diagonal(f))
             return false;
         rest = f->n - f->at - f->w;
-        f->b->ops->parallel(f->b, (rest + ROWS - 1) / ROWS, panel_item, f);
+        f->b->ops->parallel(f->b, mul_padded(rest) / MUL_WIDE, panel_item, f);
         f->b->ops->parallel(f->b, (rest + ROWS - 1) / ROWS, update_item, f);
     }
     return true;
+}
+
+/* What the rows first..first + n of the solution owe to k others, whose negatives are in
+ * `known`; element (i, l) of the factor is at l[i * a_row + l * a_k]. */
+static void settle(const struct factor *f, const float *l, uint64_t a_row, uint64_t a_k,
+                   const float *known, uint32_t k, float *x, uint32_t n)
+{
+    if (k)
+        f->mul(&(struct mul){.a = l,
+                             .a_row = a_row,
+                             .a_k = a_k,
+                             .a_panel = MUL_WIDE * a_row,
+                             .b = known,
+                             .b_k = MUL_WIDE,
+                             .c = x,
+                             .c_row = MUL_WIDE,
+                             .m = n,
+                             .n = MUL_WIDE,
+                             .k = k,
+                             .add = true});
+}
+
+static void negate(const float *x, uint32_t rows, float *to)
+{
+    for (uint32_t i = 0; i < rows * MUL_WIDE; i++)
+        to[i] = -x[i];
 }
 
 /* Item: 16 columns of the right-hand side, there and back. */
 static void substitute_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct factor *f = arg;
-    float *x = f->x + (uint64_t)item * MUL_WIDE;
+    float *known = f->t + (uint64_t)item * mul_padded(f->n) * MUL_WIDE, x[BLOCK * MUL_WIDE];
+    float *column = f->x + (uint64_t)item * MUL_WIDE;
+    uint32_t last = (f->n - 1) / BLOCK * BLOCK;
 
     (void)worker;
-    for (uint32_t i = 0; i < f->n; i++) {
-        const float *l = f->a + (uint64_t)i * f->ld;
-        float *xi = x + (uint64_t)i * f->cols;
+    for (uint32_t at = 0; at < f->n; at += BLOCK) {
+        uint32_t w = f->n - at < BLOCK ? f->n - at : BLOCK;
+        const float *l = f->a + (uint64_t)at * f->ld;
 
-        for (uint32_t k = 0; k < i; k++)
-            for (uint32_t c = 0; c < MUL_WIDE; c++)
-                xi[c] -= l[k] * x[(uint64_t)k * f->cols + c];
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            xi[c] /= l[i];
+        for (uint32_t i = 0; i < w; i++)
+            memcpy(x + i * MUL_WIDE, column + (uint64_t)(at + i) * f->cols, MUL_WIDE * sizeof *x);
+        settle(f, l, f->ld, 1, known, at, x, w);
+        solve_lower(l + at, f->ld, w, x);
+        negate(x, w, known + (uint64_t)at * MUL_WIDE);
     }
-    for (uint32_t i = f->n; i-- > 0;) {
-        const float *l = f->a + (uint64_t)i * f->ld;
-        float *xi = x + (uint64_t)i * f->cols;
+    for (uint32_t at = last, end = f->n; end; end = at, at -= at ? BLOCK : 0) {
+        uint32_t w = end - at;
+        const float *l = f->a + (uint64_t)at * f->ld + at;
+        float *mine = known + (uint64_t)at * MUL_WIDE;
 
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            xi[c] /= l[i];
-        for (uint32_t k = 0; k < i; k++) /* L^T by columns: row i of L is met once, in order */
-            for (uint32_t c = 0; c < MUL_WIDE; c++)
-                x[(uint64_t)k * f->cols + c] -= l[k] * xi[c];
+        negate(mine, w, x);
+        settle(f, l + (uint64_t)w * f->ld, 1, f->ld, mine + w * MUL_WIDE, f->n - end, x, w);
+        solve_upper(l, f->ld, w, x);
+        negate(x, w, mine);
+        for (uint32_t i = 0; i < w; i++)
+            memcpy(column + (uint64_t)(at + i) * f->cols, x + i * MUL_WIDE, MUL_WIDE * sizeof *x);
     }
 }
 
@@ -147,7 +211,7 @@ int solve_spd(struct backend *b, float *a, uint32_t n, float ridge, float *x, ui
         .b = b, .mul = mul_pick(), .a = a, .n = n, .ld = mul_padded(n), .x = x, .cols = cols};
     bool done;
 
-    f.t = mem_aligned((uint64_t)mul_padded(n), BLOCK * sizeof *f.t);
+    f.t = mem_aligned((uint64_t)mul_padded(n), (cols > BLOCK ? cols : BLOCK) * sizeof *f.t);
     if (!f.t)
         return larder_fail(e, LARDER_ENOMEM, "no memory for a system of %u equations", n);
     for (uint32_t i = 0; i < n; i++)
