@@ -4,7 +4,7 @@
  * goes through the layers one at a time; after a layer the list may shrink. Rows leave
  * for the sink before that, from the complete K and V of the layer, so pruning the
  * cache never changes the prefill itself. The three axes of a policy are asked in turn:
- * observe.h for scores, cut.h for what goes on, keep.h for what stays. Two-pass policies
+ * observe.h for scores, cut.h for what goes on, rung.h for what stays. Two-pass policies
  * run a scoring pass first and then an ordinary pass over the chosen tokens. */
 #include "engine.h"
 
@@ -13,38 +13,35 @@
 #include <string.h>
 #include <time.h>
 
-#include "hold.h"
-#include "keep.h"
+#include "ladder.h"
 #include "mem.h"
 #include "observe.h"
-#include "ladder.h"
 #include "offline.h"
-#include "pack.h"
 #include "pass.h"
 #include "probe.h"
+#include "rung.h"
 #include "select.h"
 
 struct run {
     struct backend *b;
     const struct model_params *p;
-    const struct policy *policy;
-    const struct engine_sink *sink; /* NULL: rows are not collected */
+    const struct policy *policy; /* the first: cuts, where there is one, are its own */
+    const struct rung_want *want;
+    uint32_t n_wants; /* 0: a scoring pass */
     const char *pass;
     uint32_t n0;           /* document rows at the start */
     uint32_t n;            /* document rows now */
     uint32_t n_probe;      /* rows after them that only ask */
     uint32_t stride;       /* row capacity per head */
-    uint32_t rows, select; /* the budgets in rows */
+    uint32_t select;       /* rows that pass a cut */
     float *hidden;
     uint32_t *pos;      /* rotation positions */
     uint32_t *original; /* positions in the document */
     void *q, *k, *v, *o;
     double *score, *worth; /* [n_kv_heads][n] of the layer at hand */
     struct cut cut;
-    struct keep keep;
-    struct packer packer;
-    enum kv_dtype precision; /* of the rows that the sink gets, in every pass */
-    struct hold hold;
+    struct rung *rung; /* of the wants whose rows go anywhere */
+    uint32_t n_rungs;
     int32_t sel_layer;
     bool chose; /* the order of the cut is the choice of a scoring pass */
     double load_ms;
@@ -53,11 +50,6 @@ struct run {
 static int no_memory(struct larder_err *e, uint32_t n)
 {
     return larder_fail(e, LARDER_ENOMEM, "no memory to prefill %u tokens", n);
-}
-
-static bool collects(const struct run *r)
-{
-    return r->sink && r->sink->layer;
 }
 
 /* ---- buffers */
@@ -74,9 +66,25 @@ static void run_done(struct run *r)
     mem_free(r->score);
     mem_free(r->worth);
     cut_done(&r->cut);
-    packer_done(&r->packer);
-    keep_done(&r->keep);
-    hold_done(&r->hold);
+    for (uint32_t i = 0; i < r->n_rungs; i++)
+        rung_close(&r->rung[i]);
+    mem_free(r->rung);
+}
+
+static bool any_scores(const struct run *r)
+{
+    for (uint32_t i = 0; i < r->n_wants; i++)
+        if (r->want[i].policy->obs != OBS_NONE)
+            return true;
+    return r->policy->obs != OBS_NONE;
+}
+
+static bool any_weighs(const struct run *r)
+{
+    for (uint32_t i = 0; i < r->n_wants; i++)
+        if (r->want[i].policy->critical)
+            return true;
+    return false;
 }
 
 static bool alloc_rows(struct run *r)
@@ -84,7 +92,7 @@ static bool alloc_rows(struct run *r)
     const struct kv_geom *g = &r->p->geom;
     uint64_t elem = (uint64_t)kv_dtype_bytes(r->b->elem) * g->head_dim;
     uint64_t per_head = (uint64_t)r->stride * elem, n = r->n0 + r->n_probe;
-    uint64_t scores = r->policy->obs == OBS_NONE ? 0 : (uint64_t)g->n_kv_heads * r->n0;
+    uint64_t scores = any_scores(r) ? (uint64_t)g->n_kv_heads * r->n0 : 0;
 
     r->hidden = mem_aligned(n * r->p->n_hidden, sizeof *r->hidden);
     r->pos = mem_alloc(n, sizeof *r->pos);
@@ -94,7 +102,7 @@ static bool alloc_rows(struct run *r)
     r->v = mem_aligned(g->n_kv_heads, per_head);
     r->o = mem_aligned(g->n_heads, per_head);
     r->score = mem_alloc(scores, sizeof *r->score);
-    r->worth = mem_alloc(r->policy->critical ? scores : 0, sizeof *r->worth);
+    r->worth = mem_alloc(any_weighs(r) ? scores : 0, sizeof *r->worth);
     return r->hidden && r->pos && r->original && r->q && r->k && r->v && r->o && r->score &&
            r->worth;
 }
@@ -138,6 +146,19 @@ static int read_probe(struct run *r, uint32_t n, uint32_t **ret, struct larder_e
     return rc;
 }
 
+static int open_rungs(struct run *r, struct larder_err *e)
+{
+    int rc = 0;
+
+    r->rung = mem_zalloc(r->n_wants, sizeof *r->rung);
+    if (!r->rung)
+        return no_memory(e, r->n0);
+    for (uint32_t i = 0; i < r->n_wants && !rc; i++)
+        if (r->want[i].sink && r->want[i].sink->layer)
+            rc = rung_open(&r->rung[r->n_rungs++], r->b, &r->want[i], r->n0, e);
+    return rc;
+}
+
 /* The rows of ids[n], ready for the first layer. */
 static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                     struct larder_err *e)
@@ -153,59 +174,11 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
         rc = no_memory(e, n);
     if (!rc)
         rc = cut_init(&r->cut, r->policy, g->n_kv_heads, g->n_layers, n, r->select, e);
-    if (!rc && collects(r))
-        rc = keep_init(&r->keep, r->policy, g, r->b->elem, n, r->rows, e);
-    if (!rc && collects(r) && keep_waits(&r->keep))
-        rc = hold_init(&r->hold, g, r->b->elem, e);
+    if (!rc)
+        rc = open_rungs(r, e);
     if (!rc)
         rc = embed(r, ids, original, probe, e);
     mem_free(probe);
-    return rc;
-}
-
-/* ---- rows for the sink */
-
-/* The only way out for rows. */
-static int deliver(struct run *r, uint32_t layer, struct kept_rows *heads, struct larder_err *e)
-{
-    int rc = packer_layer(&r->packer, &r->p->geom, r->precision, heads, e);
-
-    return rc ? rc : r->sink->layer(r->sink->arg, layer, heads, e);
-}
-
-static int emit(struct run *r, uint32_t layer, bool scored, struct larder_err *e)
-{
-    struct layer_rows x = {layer,
-                           r->n,
-                           r->stride,
-                           r->original,
-                           r->k,
-                           r->v,
-                           scored ? r->score : NULL,
-                           scored && r->policy->critical ? r->worth : NULL};
-    int rc;
-
-    if (!collects(r))
-        return 0;
-    if (keep_waits(&r->keep))
-        return hold_add(&r->hold, &x, e);
-    rc = keep_layer(&r->keep, &x, e);
-    return rc ? rc : deliver(r, layer, r->keep.heads, e);
-}
-
-/* Rows of all layers, once all are there. */
-static int emit_held(struct run *r, struct larder_err *e)
-{
-    int rc;
-
-    if (!collects(r) || !keep_waits(&r->keep))
-        return 0;
-    rc = keep_count_all(&r->keep, r->hold.layers, e);
-    for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
-        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
-        if (!rc)
-            rc = deliver(r, l, r->keep.heads, e);
-    }
     return rc;
 }
 
@@ -249,21 +222,46 @@ static struct layer_view view(const struct run *r, uint32_t layer)
     };
 }
 
+/* The rows of the layer at hand for one way of keeping; *by: whose scores there are. */
+static int keep_rows(struct run *r, struct rung *g, const struct layer_view *x,
+                     const struct policy **by, struct larder_err *e)
+{
+    bool scored = keep_needs_scores(&g->keep, r->n), weighed = scored && g->policy->critical;
+    struct layer_rows rows = {x->layer,
+                              r->n,
+                              r->stride,
+                              r->original,
+                              r->k,
+                              r->v,
+                              scored ? r->score : NULL,
+                              weighed ? r->worth : NULL};
+    int rc = 0;
+
+    if (scored && *by != g->policy) {
+        rc = observe_layer(x, g->policy, r->score, e);
+        *by = g->policy;
+    }
+    if (!rc && weighed)
+        rc = observe_worth(x, r->worth, e);
+    return rc ? rc : rung_layer(g, &rows, NULL, e);
+}
+
 /* Scores, rows and the decision of one layer whose q, k and v are there. */
 static int observe(struct run *r, uint32_t layer, bool *ret_cut, struct larder_err *e)
 {
     struct layer_view x = view(r, layer);
-    bool may_cut = r->sel_layer < 0 && cut_is_candidate(&r->cut, layer);
-    bool scored = collects(r) && keep_needs_scores(&r->keep, r->n);
+    const struct policy *by = NULL;
     int rc = 0;
 
-    if (may_cut || scored)
-        rc = observe_layer(&x, r->policy, r->score, e);
-    if (!rc && may_cut)
-        rc = cut_look(&r->cut, layer, r->score, r->n, ret_cut, e);
-    if (!rc && scored && r->policy->critical)
-        rc = observe_worth(&x, r->worth, e);
-    return rc ? rc : emit(r, layer, scored, e);
+    if (r->sel_layer < 0 && cut_is_candidate(&r->cut, layer)) {
+        by = r->policy;
+        rc = observe_layer(&x, by, r->score, e);
+        if (!rc)
+            rc = cut_look(&r->cut, layer, r->score, r->n, ret_cut, e);
+    }
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        rc = keep_rows(r, &r->rung[i], &x, &by, e);
+    return rc;
 }
 
 /* ---- fewer rows for the layers above */
@@ -404,22 +402,23 @@ static void take_selected(uint32_t *selected, uint32_t n, struct engine_result *
     res->n_selected = n;
 }
 
-/* An ordinary pass over ids; fills everything but the times. */
+/* An ordinary pass over ids; fills everything but the times of res[n_wants]. */
 static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                         struct engine_result *res, struct larder_err *e)
 {
+    const float *last;
     int rc = run_init(r, ids, original, n, e);
 
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
-        rc = pass_progress(r->sink, r->pass, l, r->p->geom.n_layers, e);
+        rc = pass_progress(r->want->sink, r->pass, l, r->p->geom.n_layers, e);
         if (!rc)
             rc = run_layer(r, l, e);
     }
-    if (!rc)
-        rc = emit_held(r, e);
-    if (!rc)
-        rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &res->logits,
-                         &r->load_ms, e);
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        rc = rung_end(&r->rung[i], e);
+    last = rc ? NULL : r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden;
+    for (uint32_t i = 0; i < r->n_wants && !rc; i++)
+        rc = pass_logits(r->b, last, &res[i].logits, &r->load_ms, e);
     if (rc || original)
         return rc;
     take_trace(r, res);
@@ -465,13 +464,14 @@ static int two_passes(struct run *proto, const uint32_t *ids, uint32_t n, struct
                       struct larder_err *e)
 {
     struct policy everything = keep_everything(proto->policy);
+    struct rung_want want = {&everything, proto->want->sink};
     struct run scan = *proto, fill = *proto;
     uint32_t *chosen = NULL;
     int rc;
 
     scan.pass = "select";
-    scan.sink = NULL;
-    rc = pass_scan(&scan, proto->sink, ids, n, res, e);
+    scan.n_wants = 0;
+    rc = pass_scan(&scan, want.sink, ids, n, res, e);
     run_done(&scan);
     if (rc)
         return rc;
@@ -481,6 +481,7 @@ static int two_passes(struct run *proto, const uint32_t *ids, uint32_t n, struct
     for (uint32_t i = 0; i < res->n_selected; i++)
         chosen[i] = ids[res->selected[i]];
     fill.policy = &everything;
+    fill.want = &want;
     rc = pass_prefill(&fill, chosen, res->selected, res->n_selected, res, e);
     res->next_pos = res->n_selected;
     res->renumbered = true;
@@ -496,7 +497,8 @@ static int one_pass(struct run *proto, const uint32_t *ids, uint32_t n, struct e
     struct run r = *proto;
     int rc = pass_prefill(&r, ids, NULL, n, res, e);
 
-    res->load_ms = r.load_ms;
+    for (uint32_t i = 0; i < r.n_wants; i++)
+        res[i].load_ms = r.load_ms;
     run_done(&r);
     return rc;
 }
@@ -516,17 +518,6 @@ static int check_ids(const struct model_params *p, const uint32_t *ids, uint32_t
                                "token %u is %u, but the vocabulary has %u entries", i, ids[i],
                                p->n_vocab);
     return 0;
-}
-
-/* Budgets in rows of this document. In two-pass policies `rows` is what passes the cut. */
-static int set_budgets(struct run *r, uint32_t n, struct larder_err *e)
-{
-    const struct policy *p = r->policy;
-    int rc = policy_rows(p, &p->rows, n, &r->rows, e);
-
-    if (!rc)
-        rc = policy_rows(p, policy_is_two_pass(p) ? &p->rows : &p->select, n, &r->select, e);
-    return rc;
 }
 
 /* The model's shares for the policy's budget, where it needs them: *ret is owned. */
@@ -566,45 +557,42 @@ static int make_ready(const struct backend *b, const struct engine_doc *doc,
     return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, w, e);
 }
 
-static int single(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
-                  const struct engine_sink *sink, struct engine_result *res, struct larder_err *e)
+/* A pass without a replay. In two-pass policies `rows` is what passes the cut. */
+static int plain(struct backend *b, const struct engine_doc *doc, struct policy *first,
+                 const struct rung_want *want, uint32_t n, struct engine_result *res,
+                 struct larder_err *e)
 {
-    struct ready ready;
-    struct policy *p = &ready.p;
-    struct run proto = {.b = b,
-                        .p = b->p,
-                        .policy = p,
-                        .sink = sink,
-                        .pass = "prefill",
-                        .precision = policy->precision};
-    int rc = make_ready(b, doc, policy, &ready, e);
+    struct run proto = {
+        .b = b, .p = b->p, .policy = first, .want = want, .n_wants = n, .pass = "prefill"};
+    bool two = policy_is_two_pass(first);
+    int rc = policy_rows(first, two ? &first->rows : &first->select, doc->n, &proto.select, e);
 
-    if (!rc)
-        rc = set_budgets(&proto, doc->n, e);
-    if (!rc && policy_is_two_pass(p) && proto.select >= doc->n)
-        *p = keep_everything(p); /* nothing to choose */
-    if (!rc && policy_is_two_pass(p))
-        rc = two_passes(&proto, doc->ids, doc->n, res, e);
-    else if (!rc)
-        rc = one_pass(&proto, doc->ids, doc->n, res, e);
-    mem_free(ready.shares);
-    return rc;
+    if (!rc && two && proto.select >= doc->n) { /* nothing to choose */
+        *first = keep_everything(first);
+        two = false;
+    }
+    if (rc)
+        return rc;
+    return two ? two_passes(&proto, doc->ids, doc->n, res, e)
+               : one_pass(&proto, doc->ids, doc->n, res, e);
 }
 
 static int together(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                     const struct engine_sink *sink, uint32_t n, struct engine_result *res,
                     struct larder_err *e)
 {
-    struct offline_want *want = mem_alloc(n, sizeof *want);
+    struct rung_want *want = mem_alloc(n, sizeof *want);
     struct ready *ready = mem_zalloc(n, sizeof *ready);
     int rc = want && ready ? 0 : no_memory(e, doc->n);
 
     for (uint32_t i = 0; i < n && !rc; i++) {
         rc = make_ready(b, doc, &policy[i], &ready[i], e);
-        want[i] = (struct offline_want){&ready[i].p, &sink[i]};
+        want[i] = (struct rung_want){&ready[i].p, sink ? &sink[i] : NULL};
     }
-    if (!rc)
+    if (!rc && policy_is_replay(policy))
         rc = offline_prefill(b, doc, want, n, res, e);
+    else if (!rc)
+        rc = plain(b, doc, &ready->p, want, n, res, e);
     for (uint32_t i = 0; ready && i < n; i++)
         mem_free(ready[i].shares);
     mem_free(ready);
@@ -616,22 +604,19 @@ int engine_prefill_each(struct backend *b, const struct engine_doc *doc,
                         const struct policy *policy, const struct engine_sink *sink, uint32_t n,
                         struct engine_result *ret, struct larder_err *e)
 {
-    static const struct engine_sink nowhere = {0};
     double start = pass_clock_ms();
     int rc = check_ids(b->p, doc->ids, doc->n, e);
 
     for (uint32_t i = 0; i < n; i++)
         ret[i] = (struct engine_result){.n_ctx = doc->n, .next_pos = doc->n, .sel_layer = -1};
     for (uint32_t i = 1; i < n && !rc; i++)
-        if (!policy_same_replay(&policy[0], &policy[i]))
+        if (!policy_same_pass(&policy[0], &policy[i]))
             rc = larder_fail(e, LARDER_EINVAL,
-                             "policies that do not share a replay cannot be prefilled together");
+                             "policies that do not share a pass cannot be prefilled together");
     if (!rc && n == 1 && policy->rows.kind == ROWS_AUTO)
         rc = ladder_prefill(b, doc, policy, sink, ret, e);
-    else if (!rc && policy_is_replay(policy))
-        rc = together(b, doc, policy, sink ? sink : &nowhere, n, ret, e);
     else if (!rc)
-        rc = single(b, doc, policy, sink, ret, e);
+        rc = together(b, doc, policy, sink, n, ret, e);
     for (uint32_t i = 0; i < n; i++) {
         if (rc)
             engine_result_done(&ret[i]);

@@ -65,7 +65,7 @@ struct engine_result {
 int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);
 
-/* n policies in one pass, of which all share a replay (policy_same_replay()) where n > 1: one
+/* n policies in one pass, of which each shares it with the first (policy_same_pass()): one
  * sink[n] and ret[n] for each, and the first sink's progress(). Times are those of the pass. */
 int engine_prefill_each(struct backend *b, const struct engine_doc *doc,
                         const struct policy *policy, const struct engine_sink *sink, uint32_t n,

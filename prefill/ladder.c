@@ -1,8 +1,8 @@
 /* ladder.c - budgets side by side, and the choice among them.
  *
  * The one idea: a fit's cost grows with the square of the budget. Up to a quarter of the rows the
- * budgets together cost little more than the largest alone, so they share one replay; the
- * large ones share another, made only for a document that needs it. */
+ * budgets together cost little more than the largest alone, so they share one replay; larger
+ * ones share another, and all rows have their own, made only for a document that needs them. */
 #include "ladder.h"
 
 #include "cache.h"
@@ -14,7 +14,7 @@
 static const struct flight {
     uint32_t n;
     double budget[MAX_RUNGS];
-} flights[] = {{4, {3.125, 6.25, 12.5, 25}}, {3, {37.5, 50, 100}}};
+} flights[] = {{4, {3.125, 6.25, 12.5, 25}}, {2, {37.5, 50}}, {1, {100}}};
 #define N_FLIGHTS (sizeof flights / sizeof flights[0])
 
 struct ladder {

@@ -329,10 +329,10 @@ static int score_past(struct batch *b, const char *policy, const struct past *p,
     return rc;
 }
 
-/* Policies first..first + n in one pass. */
-static int score_group(struct batch *b, const struct policy *policy, uint32_t n,
-                       struct larder_err *e)
+/* Policies that share a pass. */
+static int score_policies(void *arg, const struct policy *policy, uint32_t n, struct larder_err *e)
 {
+    struct batch *b = arg;
     struct past *past = mem_zalloc(n, sizeof *past);
     char canonical[POLICY_TEXT_MAX];
     int rc = past ? past_from_document(&b->s, &b->doc, policy, n, past, e)
@@ -345,24 +345,6 @@ static int score_group(struct batch *b, const struct policy *policy, uint32_t n,
     for (uint32_t i = 0; past && i < n; i++)
         past_done(&past[i]);
     mem_free(past);
-    return rc;
-}
-
-/* Neighbours that share a replay share the pass. */
-static int score_document(struct batch *b, const char *const *text, uint32_t n,
-                          struct larder_err *e)
-{
-    struct policy *p = mem_alloc(n, sizeof *p);
-    int rc = p ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
-
-    for (uint32_t i = 0; i < n && !rc; i++)
-        rc = setup_policy(&b->s, text[i], &p[i], e);
-    for (uint32_t i = 0, end; i < n && !rc; i = end) {
-        for (end = i + 1; end < n && policy_same_replay(&p[i], &p[end]); end++)
-            ;
-        rc = score_group(b, p + i, end - i, e);
-    }
-    mem_free(p);
     return rc;
 }
 
@@ -401,11 +383,12 @@ static int score_images(const struct options *o, struct batch *b, struct larder_
 static int score_all(const struct options *o, struct batch *b, struct larder_err *e)
 {
     static const char *const full = "full";
+    uint32_t n = o->n[OPTION_POLICY];
 
     if (o->n[OPTION_IMAGE_FD])
         return score_images(o, b, e);
-    return o->n[OPTION_POLICY] ? score_document(b, o->value[OPTION_POLICY], o->n[OPTION_POLICY], e)
-                               : score_document(b, &full, 1, e);
+    return setup_policies(&b->s, n ? o->value[OPTION_POLICY] : &full, n ? n : 1, score_policies, b,
+                          e);
 }
 
 int main_score(const struct options *o, struct larder_err *e)

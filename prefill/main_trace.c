@@ -1,12 +1,13 @@
 /* main_trace.c - larder-prefill trace: prefill and selection, nothing stored.
  *
- * Several policies share one opened model, so that comparing policies, or checking
- * many against recorded results, reads the document and the model's tables once. */
+ * Several policies share one opened model, and neighbours that can a pass, so that comparing
+ * policies, or checking many against recorded results, computes little twice. */
 #include "main_common.h"
 
 #include <stdio.h>
 
 #include "geom.h"
+#include "mem.h"
 #include "tokenizer.h"
 
 /* How many rows the heads of a layer keep: "256" or "100-256". */
@@ -65,34 +66,63 @@ static void print_table(const struct engine_setup *s, const struct policy *p,
     print_layers(r, c);
 }
 
-static int trace_one(const struct engine_setup *s, const struct document *d, const char *text,
-                     bool json, struct larder_err *e)
-{
-    struct engine_result r = {0};
-    struct cache c = {0};
-    struct engine_sink sink = {&c, cache_add, NULL};
-    struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
-    struct policy p;
-    int rc = setup_policy(s, text, &p, e);
+struct tracing {
+    struct engine_setup s;
+    struct document doc;
+    bool json;
+};
 
+static int print_trace(const struct tracing *t, const struct policy *p,
+                       const struct engine_result *r, const struct cache *c, struct larder_err *e)
+{
+    if (t->json)
+        return json_print(json_trace(t->s.backend, p, r, c), e);
+    print_table(&t->s, p, r, c);
+    return 0;
+}
+
+static int trace_each(const struct tracing *t, const struct policy *policy, uint32_t n,
+                      struct engine_sink *sink, struct engine_result *result, struct cache *cache,
+                      struct larder_err *e)
+{
+    struct engine_doc doc = {t->doc.ids, t->doc.n, t->s.tmpl, t->s.shares};
+    int rc = 0;
+
+    for (uint32_t i = 0; i < n && !rc; i++) {
+        sink[i] = (struct engine_sink){&cache[i], cache_add, NULL};
+        rc = cache_init(&cache[i], t->s.backend, false, e);
+    }
     if (!rc)
-        rc = cache_init(&c, s->backend, false, e);
-    if (!rc)
-        rc = engine_prefill(s->backend, &doc, &p, &sink, &r, e);
-    if (!rc && json)
-        rc = json_print(json_trace(s->backend, &p, &r, &c), e);
-    else if (!rc)
-        print_table(s, &p, &r, &c);
-    engine_result_done(&r);
-    cache_done(&c);
+        rc = engine_prefill_each(t->s.backend, &doc, policy, sink, n, result, e);
+    for (uint32_t i = 0; i < n && !rc; i++)
+        rc = print_trace(t, &policy[i], &result[i], &cache[i], e);
+    for (uint32_t i = 0; i < n; i++) {
+        engine_result_done(&result[i]);
+        cache_done(&cache[i]);
+    }
+    return rc;
+}
+
+/* Policies that share a pass. */
+static int trace_policies(void *arg, const struct policy *policy, uint32_t n, struct larder_err *e)
+{
+    struct engine_sink *sink = mem_zalloc(n, sizeof *sink);
+    struct engine_result *result = mem_zalloc(n, sizeof *result);
+    struct cache *cache = mem_zalloc(n, sizeof *cache);
+    int rc = sink && result && cache
+                 ? trace_each(arg, policy, n, sink, result, cache, e)
+                 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
+
+    mem_free(sink);
+    mem_free(result);
+    mem_free(cache);
     return rc;
 }
 
 int main_trace(const struct options *o, struct larder_err *e)
 {
     const char *text = option_get(o, OPTION_FILE), *ids = option_get(o, OPTION_TOKENS);
-    struct engine_setup s = {0};
-    struct document d = {0};
+    struct tracing t = {.json = o->n[OPTION_JSON]};
     struct policy p;
     int rc = 0;
 
@@ -105,12 +135,13 @@ int main_trace(const struct options *o, struct larder_err *e)
     for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++) /* before anything is computed */
         rc = policy_parse(o->value[OPTION_POLICY][i], &p, e);
     if (!rc)
-        rc = setup_open(o, &s, e);
+        rc = setup_open(o, &t.s, e);
     if (!rc)
-        rc = document_read(&s, text, ids, &d, e);
-    for (uint32_t i = 0; i < o->n[OPTION_POLICY] && !rc; i++)
-        rc = trace_one(&s, &d, o->value[OPTION_POLICY][i], o->n[OPTION_JSON], e);
-    document_done(&d);
-    setup_done(&s);
+        rc = document_read(&t.s, text, ids, &t.doc, e);
+    if (!rc)
+        rc = setup_policies(&t.s, o->value[OPTION_POLICY], o->n[OPTION_POLICY], trace_policies, &t,
+                            e);
+    document_done(&t.doc);
+    setup_done(&t.s);
     return rc;
 }

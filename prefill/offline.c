@@ -449,7 +449,7 @@ static int run_layers(struct run *r, struct larder_err *e)
     return rc;
 }
 
-static int open_rungs(struct run *r, const struct offline_want *want, uint32_t n,
+static int open_rungs(struct run *r, const struct rung_want *want, uint32_t n,
                       struct larder_err *e)
 {
     int rc = 0;
@@ -457,11 +457,8 @@ static int open_rungs(struct run *r, const struct offline_want *want, uint32_t n
     r->rung = mem_zalloc(n, sizeof *r->rung);
     if (!r->rung)
         return larder_fail(e, LARDER_ENOMEM, "no memory to keep rows of %u tokens", r->n);
-    while (r->n_rungs < n && !rc) {
-        const struct offline_want *w = &want[r->n_rungs];
-
-        rc = rung_open(&r->rung[r->n_rungs++], r->b, w->policy, w->sink, r->n, e);
-    }
+    for (uint32_t i = 0; i < n && !rc; i++)
+        rc = rung_open(&r->rung[r->n_rungs++], r->b, &want[i], r->n, e);
     return rc;
 }
 
@@ -483,7 +480,7 @@ static int take_results(struct run *r, struct engine_result *ret, struct larder_
 }
 
 int offline_prefill(struct backend *b, const struct engine_doc *doc,
-                    const struct offline_want *want, uint32_t n_wants, struct engine_result *ret,
+                    const struct rung_want *want, uint32_t n_wants, struct engine_result *ret,
                     struct larder_err *e)
 {
     const struct policy *p = want[0].policy;

@@ -10,17 +10,12 @@
 #define LARDER_OFFLINE_H
 
 #include "engine.h"
+#include "rung.h"
 
-/* One way of keeping: budgets resolved, shares set. */
-struct offline_want {
-    const struct policy *policy;
-    const struct engine_sink *sink; /* or NULL */
-};
-
-/* n_wants >= 1 policies that share a replay (policy_same_replay()); ret[n_wants], to be freed by
+/* n_wants >= 1 policies that share a replay (policy_same_pass()); ret[n_wants], to be freed by
  * the caller also after an error. The first sink's progress() counts the layers. */
 int offline_prefill(struct backend *b, const struct engine_doc *doc,
-                    const struct offline_want *want, uint32_t n_wants, struct engine_result *ret,
+                    const struct rung_want *want, uint32_t n_wants, struct engine_result *ret,
                     struct larder_err *e);
 
 struct offline_watch {

@@ -185,12 +185,17 @@ static inline bool policy_is_replay(const struct policy *p)
     return p->obs == OBS_REPLAY || p->obs == OBS_REPLAY_PLUS;
 }
 
-/* Can both be kept from one replay? They ask the same of the document, and what differs comes
- * after that. A ladder of its own (rows=auto) shares with nobody. */
-static inline bool policy_same_replay(const struct policy *a, const struct policy *b)
+/* Can both be kept from one pass? What differs between them comes after what they observe: either
+ * both ask the same replay of the document, or both let every row pass every layer and add none.
+ * A ladder of its own (rows=auto) shares with nobody. */
+static inline bool policy_same_pass(const struct policy *a, const struct policy *b)
 {
-    return policy_is_replay(a) && a->obs == b->obs && a->chunk == b->chunk &&
-           a->replay == b->replay && a->rows.kind != ROWS_AUTO && b->rows.kind != ROWS_AUTO;
+    if (a->rows.kind == ROWS_AUTO || b->rows.kind == ROWS_AUTO)
+        return false;
+    if (policy_is_replay(a))
+        return a->obs == b->obs && a->chunk == b->chunk && a->replay == b->replay;
+    return !policy_is_replay(b) && a->cut == CUT_OFF && b->cut == CUT_OFF && a->obs != OBS_PROBE &&
+           b->obs != OBS_PROBE;
 }
 
 #endif

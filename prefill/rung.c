@@ -16,15 +16,16 @@ static bool alloc_fit(struct rung *r)
     return r->fit_k && r->fit_v && r->bias;
 }
 
-int rung_open(struct rung *r, const struct backend *b, const struct policy *policy,
-              const struct engine_sink *sink, uint32_t n, struct larder_err *e)
+int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want, uint32_t n,
+              struct larder_err *e)
 {
+    const struct policy *p = want->policy;
     uint32_t rows;
-    int rc = policy_rows(policy, &policy->rows, n, &rows, e);
+    int rc = policy_rows(p, &p->rows, n, &rows, e);
 
-    *r = (struct rung){.policy = policy, .sink = sink, .geom = &b->p->geom, .n = n};
+    *r = (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .n = n};
     if (!rc)
-        rc = keep_init(&r->keep, policy, r->geom, b->elem, n, rows, e);
+        rc = keep_init(&r->keep, p, r->geom, b->elem, n, rows, e);
     if (!rc && keep_waits(&r->keep))
         rc = hold_init(&r->hold, r->geom, b->elem, e);
     if (rc || !rung_fits(r))

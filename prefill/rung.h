@@ -1,8 +1,9 @@
-/* rung.h - one way of keeping the rows of a replayed document, among several side by side.
+/* rung.h - one way of keeping a document's rows, among several side by side.
  *
- * Purpose    A replay costs the same whatever is kept after it. So one pass (offline.h) serves any
- *            number of policies that differ only in what follows the scores: budget, shape, fit,
- *            precision. Each is a rung, with its own rows and its own certificate.
+ * Purpose    A pass costs the same whatever is kept after it. So one serves any number of policies
+ *            that differ only in what follows the layers: scores (where they need no replay of
+ *            their own), budget, shape, fit, precision. Each is a rung, with its own rows and,
+ *            where there is a replay, its own certificate.
  * Ownership  rung_open() allocates, rung_close() frees (also after a failed open). Policy and sink
  *            are borrowed until then. Rows hold until the next layer.
  * Threads    One caller; fits use the backend's.
@@ -17,6 +18,12 @@
 #include "match.h"
 #include "pack.h"
 
+/* What a rung is opened for: shares and layers of the policy are resolved. */
+struct rung_want {
+    const struct policy *policy;
+    const struct engine_sink *sink; /* or NULL */
+};
+
 struct rung {
     const struct policy *policy;
     const struct engine_sink *sink; /* NULL, or without layer(): rows go nowhere */
@@ -24,15 +31,15 @@ struct rung {
     uint32_t n;       /* rows of the document */
     uint32_t probes;  /* first row of the probes' copy that attends to this rung's rows */
     struct keep keep; /* keep.heads: the rows of the layer at hand */
-    struct hold hold; /* shape=global: rows of all layers */
+    struct hold hold; /* where rows are chosen only at the end: those of all layers */
     struct packer packer;
     float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
     float *bias;          /* [n_kv_heads][n] */
     struct certificate certificate;
 };
 
-int rung_open(struct rung *r, const struct backend *b, const struct policy *policy,
-              const struct engine_sink *sink, uint32_t n, struct larder_err *e);
+int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want, uint32_t n,
+              struct larder_err *e);
 void rung_close(struct rung *r);
 
 /* Are rows refitted, and so chosen by the match's scores? Where none is dropped, only what codes
@@ -42,8 +49,8 @@ static inline bool rung_fits(const struct rung *r)
     return r->policy->fit != FIT_NONE && (r->keep.n_room || r->policy->precision != KV_BF16);
 }
 
-/* Choose the rows of a scored layer, refit them (m is not NULL where rung_fits()) and hand them
- * on; shape=global only keeps the layer until rung_end(). */
+/* Choose the rows of a layer, refit them (m is not NULL where rung_fits()) and hand them on; where
+ * heads of all layers compete the layer is only kept until rung_end(). */
 int rung_layer(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e);
 int rung_end(struct rung *r, struct larder_err *e);
 
