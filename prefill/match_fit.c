@@ -14,7 +14,6 @@
 #include "solve.h"
 
 #define AT_ONCE 8u /* blocks whose probabilities exist together */
-#define DEPTH 128u /* queries of a product: panels of both operands stay in the first cache */
 #define WIDE_ROWS (AT_ONCE * MATCH_ROWS)
 #define RIDGE_BIAS 1e-6f
 #define RIDGE_VALUE 1e-5f
@@ -123,37 +122,6 @@ static void probability_item(void *arg, uint32_t item, uint32_t worker)
 
 /* ---- normal equations */
 
-/* Queries from..from + n of the blocks at hand, in the equations of 16 kept rows from j on. */
-static void add_queries(const struct fit *f, uint32_t j, uint32_t from, uint32_t n)
-{
-    const float *mine = f->p + (uint64_t)j * WIDE_ROWS + (uint64_t)from * MUL_WIDE;
-    struct mul x = {.a = mine,
-                    .a_row = 1,
-                    .a_k = MUL_WIDE,
-                    .a_panel = (uint64_t)WIDE_ROWS * MUL_WIDE,
-                    .k = n,
-                    .add = true};
-
-    x.b = mine;
-    x.b_k = MUL_WIDE;
-    x.c = f->matrix + (uint64_t)j * f->pad_t + j;
-    x.c_row = f->pad_t;
-    x.m = f->pad_t - j;
-    x.n = MUL_WIDE;
-    f->m->mul(&x);
-    if (!f->with_values)
-        return;
-    x.b = f->rest + (uint64_t)from * f->pad_d;
-    x.b_k = f->pad_d;
-    x.b_panel = MUL_WIDE;
-    x.c = f->rhs + (uint64_t)j * f->pad_d;
-    x.c_row = f->pad_d;
-    x.c_panel = MUL_WIDE;
-    x.m = MUL_WIDE;
-    x.n = f->pad_d;
-    f->m->mul(&x);
-}
-
 /* Item: 16 kept rows. Their columns of the matrix, on and below the diagonal, and their rows of
  * the right-hand side. */
 static void equation_item(void *arg, uint32_t item, uint32_t worker)
@@ -162,11 +130,34 @@ static void equation_item(void *arg, uint32_t item, uint32_t worker)
     const struct match *m = f->m;
     uint32_t j = item * MUL_WIDE;
     const float *mine = f->p + (uint64_t)j * WIDE_ROWS;
+    struct mul x = {.a = mine,
+                    .a_row = 1,
+                    .a_k = MUL_WIDE,
+                    .a_panel = (uint64_t)WIDE_ROWS * MUL_WIDE,
+                    .k = f->n,
+                    .add = true};
 
     (void)worker;
-    for (uint32_t from = 0; from < f->n; from += DEPTH)
-        add_queries(f, j, from, f->n - from < DEPTH ? f->n - from : DEPTH);
-    for (uint32_t i = 0; i < f->n && !f->with_values; i++) {
+    x.b = mine;
+    x.b_k = MUL_WIDE;
+    x.c = f->matrix + (uint64_t)j * f->pad_t + j;
+    x.c_row = f->pad_t;
+    x.m = f->pad_t - j;
+    x.n = MUL_WIDE;
+    m->mul(&x);
+    if (f->with_values) {
+        x.b = f->rest;
+        x.b_k = f->pad_d;
+        x.b_panel = MUL_WIDE;
+        x.c = f->rhs + (uint64_t)j * f->pad_d;
+        x.c_row = f->pad_d;
+        x.c_panel = MUL_WIDE;
+        x.m = MUL_WIDE;
+        x.n = f->pad_d;
+        m->mul(&x);
+        return;
+    }
+    for (uint32_t i = 0; i < f->n; i++) {
         float mass = m->mass[(uint64_t)f->g * m->n_queries + m->block[f->first].query + i];
 
         for (uint32_t c = 0; c < MUL_WIDE; c++)
