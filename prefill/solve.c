@@ -29,6 +29,11 @@ struct factor {
     uint32_t cols;
 };
 
+static uint32_t block_rows(const struct factor *f, uint32_t at)
+{
+    return f->n - at < BLOCK ? f->n - at : BLOCK;
+}
+
 /* The block on the diagonal, sums in f64. */
 static bool factor_diagonal(const struct factor *f)
 {
@@ -52,36 +57,40 @@ static bool factor_diagonal(const struct factor *f)
     return true;
 }
 
-/* L x = x for a triangle of n rows and a panel of right-hand sides, x[n][16]. */
+/* Row i of a triangle and a panel of right-hand sides x[n][16], where the rows first..end are
+ * solved; element k of its row is at l[k * step]. */
+static inline __attribute__((always_inline, optimize("O3", "fp-contract=off"))) void
+solve_row(const float *l, uint64_t step, uint32_t first, uint32_t end, uint32_t i, float *x)
+{
+    float sum[MUL_WIDE];
+
+    for (uint32_t c = 0; c < MUL_WIDE; c++)
+        sum[c] = x[i * MUL_WIDE + c];
+    for (uint32_t k = first; k < end; k++)
+        for (uint32_t c = 0; c < MUL_WIDE; c++)
+            sum[c] -= l[k * step] * x[k * MUL_WIDE + c];
+    for (uint32_t c = 0; c < MUL_WIDE; c++)
+        x[i * MUL_WIDE + c] = sum[c] / l[i * step];
+}
+
+/* L x = x, of n rows. */
 FAST static void solve_lower(const float *l, uint64_t ld, uint32_t n, float *x)
 {
-    for (uint32_t i = 0; i < n; i++) {
-        float sum[MUL_WIDE];
-
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            sum[c] = x[i * MUL_WIDE + c];
-        for (uint32_t k = 0; k < i; k++)
-            for (uint32_t c = 0; c < MUL_WIDE; c++)
-                sum[c] -= l[i * ld + k] * x[k * MUL_WIDE + c];
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            x[i * MUL_WIDE + c] = sum[c] / l[i * ld + i];
-    }
+    for (uint32_t i = 0; i < n; i++)
+        solve_row(l + i * ld, 1, 0, i, i, x);
 }
 
 /* The same for the transposed triangle. */
 FAST static void solve_upper(const float *l, uint64_t ld, uint32_t n, float *x)
 {
-    for (uint32_t i = n; i-- > 0;) {
-        float sum[MUL_WIDE];
+    for (uint32_t i = n; i-- > 0;)
+        solve_row(l + i, ld, i + 1, n, i, x);
+}
 
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            sum[c] = x[i * MUL_WIDE + c];
-        for (uint32_t k = i + 1; k < n; k++)
-            for (uint32_t c = 0; c < MUL_WIDE; c++)
-                sum[c] -= l[k * ld + i] * x[k * MUL_WIDE + c];
-        for (uint32_t c = 0; c < MUL_WIDE; c++)
-            x[i * MUL_WIDE + c] = sum[c] / l[i * ld + i];
-    }
+static void negate(const float *x, uint32_t rows, float *to)
+{
+    for (uint32_t i = 0; i < rows * MUL_WIDE; i++)
+        to[i] = -x[i];
 }
 
 /* Item: 16 rows below the block. */
@@ -98,12 +107,10 @@ static void panel_item(void *arg, uint32_t item, uint32_t worker)
         for (uint32_t i = 0; i < MUL_WIDE; i++)
             t[k * MUL_WIDE + i] = i < rows ? x[(uint64_t)i * f->ld + k] : 0;
     solve_lower(f->a + (uint64_t)f->at * f->ld + f->at, f->ld, f->w, t);
-    for (uint32_t k = 0; k < f->w; k++) {
+    for (uint32_t k = 0; k < f->w; k++)
         for (uint32_t i = 0; i < rows; i++)
             x[(uint64_t)i * f->ld + k] = t[k * MUL_WIDE + i];
-        for (uint32_t i = 0; i < MUL_WIDE; i++)
-            t[k * MUL_WIDE + i] = -t[k * MUL_WIDE + i];
-    }
+    negate(t, f->w, t);
 }
 
 /* Item: rows behind the block, the part of each up to the diagonal. */
@@ -135,7 +142,7 @@ static bool factor(struct factor *f)
     for (f->at = 0; f->at < f->n; f->at += f->w) {
         uint32_t rest;
 
-        f->w = f->n - f->at < BLOCK ? f->n - f->at : BLOCK;
+        f->w = block_rows(f, f->at);
         if (!factor_diagonal(f))
             return false;
         rest = f->n - f->at - f->w;
@@ -145,43 +152,32 @@ static bool factor(struct factor *f)
     return true;
 }
 
-/* What the rows first..first + n of the solution owe to k others, whose negatives are in
- * `known`; element (i, l) of the factor is at l[i * a_row + l * a_k]. */
+/* What n rows of the solution owe to k others, whose negatives are in `known`; element (i, l) of
+ * the factor is at l[i * a_row + l * a_k]. */
 static void settle(const struct factor *f, const float *l, uint64_t a_row, uint64_t a_k,
                    const float *known, uint32_t k, float *x, uint32_t n)
 {
-    if (k)
-        f->mul(&(struct mul){.a = l,
-                             .a_row = a_row,
-                             .a_k = a_k,
-                             .a_panel = MUL_WIDE * a_row,
-                             .b = known,
-                             .b_k = MUL_WIDE,
-                             .c = x,
-                             .c_row = MUL_WIDE,
-                             .m = n,
-                             .n = MUL_WIDE,
-                             .k = k,
-                             .add = true});
+    f->mul(&(struct mul){.a = l,
+                         .a_row = a_row,
+                         .a_k = a_k,
+                         .a_panel = MUL_WIDE * a_row,
+                         .b = known,
+                         .b_k = MUL_WIDE,
+                         .c = x,
+                         .c_row = MUL_WIDE,
+                         .m = n,
+                         .n = MUL_WIDE,
+                         .k = k,
+                         .add = true});
 }
 
-static void negate(const float *x, uint32_t rows, float *to)
+/* L y = b for 16 columns; -y goes to known[n][16]. */
+static void substitute_lower(const struct factor *f, const float *column, float *known)
 {
-    for (uint32_t i = 0; i < rows * MUL_WIDE; i++)
-        to[i] = -x[i];
-}
+    float x[BLOCK * MUL_WIDE];
 
-/* Item: 16 columns of the right-hand side, there and back. */
-static void substitute_item(void *arg, uint32_t item, uint32_t worker)
-{
-    const struct factor *f = arg;
-    float *known = f->t + (uint64_t)item * mul_padded(f->n) * MUL_WIDE, x[BLOCK * MUL_WIDE];
-    float *column = f->x + (uint64_t)item * MUL_WIDE;
-    uint32_t last = (f->n - 1) / BLOCK * BLOCK;
-
-    (void)worker;
     for (uint32_t at = 0; at < f->n; at += BLOCK) {
-        uint32_t w = f->n - at < BLOCK ? f->n - at : BLOCK;
+        uint32_t w = block_rows(f, at);
         const float *l = f->a + (uint64_t)at * f->ld;
 
         for (uint32_t i = 0; i < w; i++)
@@ -190,18 +186,38 @@ static void substitute_item(void *arg, uint32_t item, uint32_t worker)
         solve_lower(l + at, f->ld, w, x);
         negate(x, w, known + (uint64_t)at * MUL_WIDE);
     }
-    for (uint32_t at = last, end = f->n; end; end = at, at -= at ? BLOCK : 0) {
-        uint32_t w = end - at;
+}
+
+/* L^T x = y for 16 columns, in the place of y. */
+static void substitute_upper(const struct factor *f, float *known, float *column)
+{
+    float x[BLOCK * MUL_WIDE];
+
+    for (uint32_t block = (f->n + BLOCK - 1) / BLOCK; block-- > 0;) {
+        uint32_t at = block * BLOCK, w = block_rows(f, at);
         const float *l = f->a + (uint64_t)at * f->ld + at;
         float *mine = known + (uint64_t)at * MUL_WIDE;
 
         negate(mine, w, x);
-        settle(f, l + (uint64_t)w * f->ld, 1, f->ld, mine + w * MUL_WIDE, f->n - end, x, w);
+        if (at + w < f->n)
+            settle(f, l + (uint64_t)w * f->ld, 1, f->ld, mine + w * MUL_WIDE, f->n - at - w, x, w);
         solve_upper(l, f->ld, w, x);
         negate(x, w, mine);
         for (uint32_t i = 0; i < w; i++)
             memcpy(column + (uint64_t)(at + i) * f->cols, x + i * MUL_WIDE, MUL_WIDE * sizeof *x);
     }
+}
+
+/* Item: 16 columns of the right-hand side, there and back. */
+static void substitute_item(void *arg, uint32_t item, uint32_t worker)
+{
+    const struct factor *f = arg;
+    float *known = f->t + (uint64_t)item * mul_padded(f->n) * MUL_WIDE;
+    float *column = f->x + (uint64_t)item * MUL_WIDE;
+
+    (void)worker;
+    substitute_lower(f, column, known);
+    substitute_upper(f, known, column);
 }
 
 int solve_spd(struct backend *b, float *a, uint32_t n, float ridge, float *x, uint32_t cols,
