@@ -26,8 +26,8 @@ struct run {
     struct backend *b;
     const struct model_params *p;
     const struct policy *policy; /* the first: cuts, where there is one, are its own */
-    const struct rung_want *want;
-    uint32_t n_wants; /* 0: a scoring pass */
+    const struct rung_want *want; /* the first's progress() is asked */
+    uint32_t n_wants;             /* 0: nobody takes rows */
     const char *pass;
     uint32_t n0;           /* document rows at the start */
     uint32_t n;            /* document rows now */
@@ -40,7 +40,7 @@ struct run {
     void *q, *k, *v, *o;
     double *score, *worth; /* [n_kv_heads][n] of the layer at hand */
     struct cut cut;
-    struct rung *rung; /* of the wants whose rows go anywhere */
+    struct rung *rung;
     uint32_t n_rungs;
     int32_t sel_layer;
     bool chose; /* the order of the cut is the choice of a scoring pass */
@@ -66,9 +66,7 @@ static void run_done(struct run *r)
     mem_free(r->score);
     mem_free(r->worth);
     cut_done(&r->cut);
-    for (uint32_t i = 0; i < r->n_rungs; i++)
-        rung_close(&r->rung[i]);
-    mem_free(r->rung);
+    rungs_close(r->rung, r->n_rungs);
 }
 
 static bool any_scores(const struct run *r)
@@ -146,19 +144,6 @@ static int read_probe(struct run *r, uint32_t n, uint32_t **ret, struct larder_e
     return rc;
 }
 
-static int open_rungs(struct run *r, struct larder_err *e)
-{
-    int rc = 0;
-
-    r->rung = mem_zalloc(r->n_wants, sizeof *r->rung);
-    if (!r->rung)
-        return no_memory(e, r->n0);
-    for (uint32_t i = 0; i < r->n_wants && !rc; i++)
-        if (r->want[i].sink && r->want[i].sink->layer)
-            rc = rung_open(&r->rung[r->n_rungs++], r->b, &r->want[i], r->n0, e);
-    return rc;
-}
-
 /* The rows of ids[n], ready for the first layer. */
 static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                     struct larder_err *e)
@@ -175,7 +160,7 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
     if (!rc)
         rc = cut_init(&r->cut, r->policy, g->n_kv_heads, g->n_layers, n, r->select, e);
     if (!rc)
-        rc = open_rungs(r, e);
+        rc = rungs_open(&r->rung, &r->n_rungs, r->b, r->want, r->n_wants, n, e);
     if (!rc)
         rc = embed(r, ids, original, probe, e);
     mem_free(probe);
@@ -402,11 +387,10 @@ static void take_selected(uint32_t *selected, uint32_t n, struct engine_result *
     res->n_selected = n;
 }
 
-/* An ordinary pass over ids; fills everything but the times of res[n_wants]. */
+/* An ordinary pass over ids; fills everything but the times. */
 static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                         struct engine_result *res, struct larder_err *e)
 {
-    const float *last;
     int rc = run_init(r, ids, original, n, e);
 
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc; l++) {
@@ -416,9 +400,9 @@ static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *orig
     }
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         rc = rung_end(&r->rung[i], e);
-    last = rc ? NULL : r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden;
-    for (uint32_t i = 0; i < r->n_wants && !rc; i++)
-        rc = pass_logits(r->b, last, &res[i].logits, &r->load_ms, e);
+    if (!rc)
+        rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &res->logits,
+                         &r->load_ms, e);
     if (rc || original)
         return rc;
     take_trace(r, res);
@@ -497,8 +481,7 @@ static int one_pass(struct run *proto, const uint32_t *ids, uint32_t n, struct e
     struct run r = *proto;
     int rc = pass_prefill(&r, ids, NULL, n, res, e);
 
-    for (uint32_t i = 0; i < r.n_wants; i++)
-        res[i].load_ms = r.load_ms;
+    res->load_ms = r.load_ms;
     run_done(&r);
     return rc;
 }
@@ -557,24 +540,51 @@ static int make_ready(const struct backend *b, const struct engine_doc *doc,
     return rc ? rc : policy_resolve(&ret->p, b->p->geom.n_layers, w, e);
 }
 
+static bool any_takes_rows(const struct rung_want *want, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (want[i].sink && want[i].sink->layer)
+            return true;
+    return false;
+}
+
 /* A pass without a replay. In two-pass policies `rows` is what passes the cut. */
 static int plain(struct backend *b, const struct engine_doc *doc, struct policy *first,
                  const struct rung_want *want, uint32_t n, struct engine_result *res,
                  struct larder_err *e)
 {
-    struct run proto = {
-        .b = b, .p = b->p, .policy = first, .want = want, .n_wants = n, .pass = "prefill"};
+    struct run proto = {.b = b,
+                        .p = b->p,
+                        .policy = first,
+                        .want = want,
+                        .n_wants = any_takes_rows(want, n) ? n : 0,
+                        .pass = "prefill"};
     bool two = policy_is_two_pass(first);
-    int rc = policy_rows(first, two ? &first->rows : &first->select, doc->n, &proto.select, e);
+    int rc = policy_rows(first, &first->rows, doc->n, &proto.select, e);
 
-    if (!rc && two && proto.select >= doc->n) { /* nothing to choose */
+    if (!rc && !two)
+        rc = policy_rows(first, &first->select, doc->n, &proto.select, e);
+    if (rc)
+        return rc;
+    if (two && proto.select >= doc->n) { /* nothing to choose */
         *first = keep_everything(first);
         two = false;
     }
-    if (rc)
-        return rc;
     return two ? two_passes(&proto, doc->ids, doc->n, res, e)
                : one_pass(&proto, doc->ids, doc->n, res, e);
+}
+
+/* What the first of n results has of the pass itself. */
+static int share_result(struct engine_result *res, uint32_t n, uint32_t n_vocab,
+                        struct larder_err *e)
+{
+    for (uint32_t i = 1; i < n; i++) {
+        res[i].load_ms = res->load_ms;
+        res[i].logits = mem_dup(res->logits, n_vocab * sizeof *res->logits);
+        if (!res[i].logits)
+            return larder_fail(e, LARDER_ENOMEM, "no memory for %u logits", n_vocab);
+    }
+    return 0;
 }
 
 static int together(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
@@ -593,6 +603,8 @@ static int together(struct backend *b, const struct engine_doc *doc, const struc
         rc = offline_prefill(b, doc, want, n, res, e);
     else if (!rc)
         rc = plain(b, doc, &ready->p, want, n, res, e);
+    if (!rc)
+        rc = share_result(res, n, b->p->n_vocab, e);
     for (uint32_t i = 0; ready && i < n; i++)
         mem_free(ready[i].shares);
     mem_free(ready);

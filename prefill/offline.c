@@ -56,9 +56,7 @@ struct run {
 
 static void run_done(struct run *r)
 {
-    for (uint32_t i = 0; i < r->n_rungs; i++)
-        rung_close(&r->rung[i]);
-    mem_free(r->rung);
+    rungs_close(r->rung, r->n_rungs);
     replay_free(r->replay);
     match_close(r->match);
     probes_free(r->probes);
@@ -449,33 +447,19 @@ static int run_layers(struct run *r, struct larder_err *e)
     return rc;
 }
 
-static int open_rungs(struct run *r, const struct rung_want *want, uint32_t n,
-                      struct larder_err *e)
-{
-    int rc = 0;
-
-    r->rung = mem_zalloc(n, sizeof *r->rung);
-    if (!r->rung)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to keep rows of %u tokens", r->n);
-    for (uint32_t i = 0; i < n && !rc; i++)
-        rc = rung_open(&r->rung[r->n_rungs++], r->b, &want[i], r->n, e);
-    return rc;
-}
-
-/* Logits are everybody's own. */
 static int take_results(struct run *r, struct engine_result *ret, struct larder_err *e)
 {
-    int rc = 0;
+    float *logits = NULL;
+    int rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &logits,
+                         &r->load_ms, e);
 
-    for (uint32_t i = 0; i < r->n_rungs && !rc; i++) {
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         ret[i] = (struct engine_result){.n_ctx = r->n,
                                         .next_pos = r->n,
                                         .sel_layer = -1,
-                                        .certificate = r->rung[i].certificate};
-        rc = pass_logits(r->b, r->hidden + (uint64_t)(r->n - 1) * r->p->n_hidden, &ret[i].logits,
-                         &r->load_ms, e);
-        ret[i].load_ms = r->load_ms;
-    }
+                                        .certificate = r->rung[i].certificate,
+                                        .load_ms = r->load_ms};
+    ret->logits = logits;
     return rc;
 }
 
@@ -486,7 +470,7 @@ int offline_prefill(struct backend *b, const struct engine_doc *doc,
     const struct policy *p = want[0].policy;
     struct run r = {
         .b = b, .p = b->p, .doc = doc, .obs = p->obs, .sink = want[0].sink, .n = doc->n};
-    int rc = open_rungs(&r, want, n_wants, e);
+    int rc = rungs_open(&r.rung, &r.n_rungs, b, want, n_wants, doc->n, e);
 
     if (!rc)
         rc = run_init(&r, p->chunk, p->replay, e);

@@ -13,7 +13,8 @@
 #include "rung.h"
 
 /* n_wants >= 1 policies that share a replay (policy_same_pass()); ret[n_wants], to be freed by
- * the caller also after an error. The first sink's progress() counts the layers. */
+ * the caller also after an error, the logits in the first alone. The first sink's progress()
+ * counts the layers. */
 int offline_prefill(struct backend *b, const struct engine_doc *doc,
                     const struct rung_want *want, uint32_t n_wants, struct engine_result *ret,
                     struct larder_err *e);

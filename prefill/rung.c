@@ -16,8 +16,8 @@ static bool alloc_fit(struct rung *r)
     return r->fit_k && r->fit_v && r->bias;
 }
 
-int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want, uint32_t n,
-              struct larder_err *e)
+static int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want,
+                     uint32_t n, struct larder_err *e)
 {
     const struct policy *p = want->policy;
     uint32_t rows;
@@ -37,15 +37,30 @@ int rung_open(struct rung *r, const struct backend *b, const struct rung_want *w
     return alloc_fit(r) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
 }
 
-void rung_close(struct rung *r)
+int rungs_open(struct rung **ret, uint32_t *ret_n, const struct backend *b,
+               const struct rung_want *want, uint32_t n_wants, uint32_t n, struct larder_err *e)
 {
-    keep_done(&r->keep);
-    hold_done(&r->hold);
-    packer_done(&r->packer);
-    mem_free(r->fit_k);
-    mem_free(r->fit_v);
-    mem_free(r->bias);
-    *r = (struct rung){0};
+    int rc = 0;
+
+    *ret = mem_zalloc(n_wants, sizeof **ret);
+    if (!*ret)
+        return larder_fail(e, LARDER_ENOMEM, "no memory to keep rows of %u tokens", n);
+    for (uint32_t i = 0; i < n_wants && !rc; i++)
+        rc = rung_open(&(*ret)[(*ret_n)++], b, &want[i], n, e);
+    return rc;
+}
+
+void rungs_close(struct rung *r, uint32_t n_rungs)
+{
+    for (uint32_t i = 0; i < n_rungs; i++) {
+        keep_done(&r[i].keep);
+        hold_done(&r[i].hold);
+        packer_done(&r[i].packer);
+        mem_free(r[i].fit_k);
+        mem_free(r[i].fit_v);
+        mem_free(r[i].bias);
+    }
+    mem_free(r);
 }
 
 static void widen(const struct kept_rows *h, uint64_t n, float *k, float *v)

@@ -4,8 +4,8 @@
  *            that differ only in what follows the layers: scores (where they need no replay of
  *            their own), budget, shape, fit, precision. Each is a rung, with its own rows and,
  *            where there is a replay, its own certificate.
- * Ownership  rung_open() allocates, rung_close() frees (also after a failed open). Policy and sink
- *            are borrowed until then. Rows hold until the next layer.
+ * Ownership  rungs_open() allocates, rungs_close() frees (also after a failed open). Policies and
+ *            sinks are borrowed until then. Rows hold until the next layer.
  * Threads    One caller; fits use the backend's.
  * Errors     LARDER_EPOLICY, LARDER_EBUDGET, LARDER_ENUMERIC, LARDER_ENOMEM, the sink's.
  */
@@ -38,9 +38,10 @@ struct rung {
     struct certificate certificate;
 };
 
-int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want, uint32_t n,
-              struct larder_err *e);
-void rung_close(struct rung *r);
+/* A rung for each of n_wants; *ret_n: how many there are to be closed. */
+int rungs_open(struct rung **ret, uint32_t *ret_n, const struct backend *b,
+               const struct rung_want *want, uint32_t n_wants, uint32_t n, struct larder_err *e);
+void rungs_close(struct rung *r, uint32_t n_rungs);
 
 /* Are rows refitted, and so chosen by the match's scores? Where none is dropped, only what codes
  * lose is left to stand for. */
