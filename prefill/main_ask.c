@@ -130,7 +130,7 @@ static int ask_document(struct ask *a, const char *text, struct larder_err *e)
     int rc = setup_policy(&a->s, text, &policy, e);
 
     if (!rc)
-        rc = past_from_document(&a->s, &a->doc, &policy, 1, &past, e);
+        rc = past_from_document(&a->s, &a->doc, &policy, &past, e);
     if (!rc)
         rc = ask_once(a, &policy, &past, start, e);
     past_done(&past);

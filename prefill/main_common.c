@@ -15,8 +15,6 @@
 #include "packed.h"
 #include "tokenizer.h"
 
-#define MOST_TOGETHER 16u /* policies of one pass */
-
 uint64_t peak_bytes(void)
 {
     struct rusage u;
@@ -115,31 +113,6 @@ int setup_policy(const struct engine_setup *s, const char *text, struct policy *
     int rc = policy_parse(text, ret, e);
 
     return rc ? rc : shares_name_in(s->shares, ret, e);
-}
-
-static uint32_t neighbours(const struct policy *p, uint32_t n)
-{
-    uint32_t many = 1;
-
-    while (many < n && many < MOST_TOGETHER && policy_same_pass(p, p + many))
-        many++;
-    return many;
-}
-
-int setup_policies(const struct engine_setup *s, const char *const *text, uint32_t n,
-                   setup_run *run, void *arg, struct larder_err *e)
-{
-    struct policy *p = mem_alloc(n, sizeof *p);
-    int rc = p ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
-
-    for (uint32_t i = 0; i < n && !rc; i++)
-        rc = setup_policy(s, text[i], &p[i], e);
-    for (uint32_t i = 0, many; i < n && !rc; i += many) {
-        many = neighbours(p + i, n - i);
-        rc = run(arg, p + i, many, e);
-    }
-    mem_free(p);
-    return rc;
 }
 
 void setup_done(struct engine_setup *s)

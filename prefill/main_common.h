@@ -117,12 +117,6 @@ int setup_backend(const struct options *o, const struct model *m, struct backend
 int setup_policy(const struct engine_setup *s, const char *text, struct policy *ret,
                  struct larder_err *e);
 
-/* The same for several, given to `run` by neighbours that share a pass (engine_prefill_each()); not
- * too many at once, for each is a cache. */
-typedef int setup_run(void *arg, const struct policy *policy, uint32_t n, struct larder_err *e);
-int setup_policies(const struct engine_setup *s, const char *const *text, uint32_t n,
-                   setup_run *run, void *arg, struct larder_err *e);
-
 int setup_open(const struct options *o, struct engine_setup *ret, struct larder_err *e);
 void setup_done(struct engine_setup *s);
 

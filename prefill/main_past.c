@@ -13,6 +13,7 @@
 #include "tokenizer.h"
 
 #define MAX_IMAGE_BYTES (1ull << 40)
+#define MOST_TOGETHER 16u /* policies of one pass: each is a cache */
 
 /* ---- what comes before the question */
 
@@ -113,9 +114,10 @@ static void take_rows(const struct engine_setup *s, struct past *p)
     p->next_pos = p->result.next_pos;
 }
 
-int past_from_document(const struct engine_setup *s, const struct document *d,
-                       const struct policy *policy, uint32_t n, struct past *p,
-                       struct larder_err *e)
+/* p[n] of policies that share a pass. */
+static int prefill_together(const struct engine_setup *s, const struct document *d,
+                            const struct policy *policy, uint32_t n, bool with_kv, struct past *p,
+                            struct larder_err *e)
 {
     struct engine_doc doc = {d->ids, d->n, s->tmpl, s->shares};
     struct engine_sink *sink = mem_alloc(n, sizeof *sink);
@@ -124,7 +126,7 @@ int past_from_document(const struct engine_setup *s, const struct document *d,
 
     for (uint32_t i = 0; i < n && !rc; i++) {
         sink[i] = (struct engine_sink){&p[i].cache, cache_add, NULL};
-        rc = cache_init(&p[i].cache, s->backend, true, e);
+        rc = cache_init(&p[i].cache, s->backend, with_kv, e);
         if (!rc)
             rc = alloc_past(s, &p[i], e);
     }
@@ -136,6 +138,53 @@ int past_from_document(const struct engine_setup *s, const struct document *d,
     }
     mem_free(sink);
     mem_free(result);
+    return rc;
+}
+
+int past_from_document(const struct engine_setup *s, const struct document *d,
+                       const struct policy *policy, struct past *p, struct larder_err *e)
+{
+    return prefill_together(s, d, policy, 1, true, p, e);
+}
+
+static int run_together(const struct engine_setup *s, const struct document *d,
+                        const struct policy *policy, uint32_t n, bool with_kv, past_run *run,
+                        void *arg, struct larder_err *e)
+{
+    struct past *p = mem_zalloc(n, sizeof *p);
+    int rc = p ? prefill_together(s, d, policy, n, with_kv, p, e)
+               : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
+
+    for (uint32_t i = 0; i < n && !rc; i++)
+        rc = run(arg, &policy[i], &p[i], e);
+    for (uint32_t i = 0; p && i < n; i++)
+        past_done(&p[i]);
+    mem_free(p);
+    return rc;
+}
+
+static uint32_t neighbours(const struct policy *p, uint32_t n)
+{
+    uint32_t many = 1;
+
+    while (many < n && many < MOST_TOGETHER && policy_same_pass(p, p + many))
+        many++;
+    return many;
+}
+
+int past_each(const struct engine_setup *s, const struct document *d, const char *const *text,
+              uint32_t n, bool with_kv, past_run *run, void *arg, struct larder_err *e)
+{
+    struct policy *p = mem_alloc(n, sizeof *p);
+    int rc = p ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
+
+    for (uint32_t i = 0; i < n && !rc; i++)
+        rc = setup_policy(s, text[i], &p[i], e);
+    for (uint32_t i = 0, many; i < n && !rc; i += many) {
+        many = neighbours(p + i, n - i);
+        rc = run_together(s, d, p + i, many, with_kv, run, arg, e);
+    }
+    mem_free(p);
     return rc;
 }
 

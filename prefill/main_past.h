@@ -25,11 +25,16 @@ struct past {
 };
 
 int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct larder_err *e);
-/* One for each of n policies that share a pass (engine_prefill_each()). */
 int past_from_document(const struct engine_setup *s, const struct document *d,
-                       const struct policy *policy, uint32_t n, struct past *p,
-                       struct larder_err *e);
+                       const struct policy *policy, struct past *p, struct larder_err *e);
 void past_done(struct past *p);
+
+/* The same for each of n policy strings, one after the other; neighbours that share a pass
+ * (engine_prefill_each()) are computed together. with_kv: K and V are wanted, not only which rows
+ * stay. */
+typedef int past_run(void *arg, const struct policy *policy, struct past *p, struct larder_err *e);
+int past_each(const struct engine_setup *s, const struct document *d, const char *const *text,
+              uint32_t n, bool with_kv, past_run *run, void *arg, struct larder_err *e);
 
 /* Kept rows over all layers and KV heads, and their bytes as they are stored. */
 uint64_t past_n_rows(const struct engine_setup *s, const struct past *p);

@@ -329,23 +329,13 @@ static int score_past(struct batch *b, const char *policy, const struct past *p,
     return rc;
 }
 
-/* Policies that share a pass. */
-static int score_policies(void *arg, const struct policy *policy, uint32_t n, struct larder_err *e)
+static int score_policy(void *arg, const struct policy *policy, struct past *p,
+                        struct larder_err *e)
 {
-    struct batch *b = arg;
-    struct past *past = mem_zalloc(n, sizeof *past);
     char canonical[POLICY_TEXT_MAX];
-    int rc = past ? past_from_document(&b->s, &b->doc, policy, n, past, e)
-                  : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
 
-    for (uint32_t i = 0; i < n && !rc; i++) {
-        policy_print(&policy[i], canonical);
-        rc = score_past(b, canonical, &past[i], e);
-    }
-    for (uint32_t i = 0; past && i < n; i++)
-        past_done(&past[i]);
-    mem_free(past);
-    return rc;
+    policy_print(policy, canonical);
+    return score_past(arg, canonical, p, e);
 }
 
 /* ---- images: of one document, the first of them the reference */
@@ -387,8 +377,8 @@ static int score_all(const struct options *o, struct batch *b, struct larder_err
 
     if (o->n[OPTION_IMAGE_FD])
         return score_images(o, b, e);
-    return setup_policies(&b->s, n ? o->value[OPTION_POLICY] : &full, n ? n : 1, score_policies, b,
-                          e);
+    return past_each(&b->s, &b->doc, n ? o->value[OPTION_POLICY] : &full, n ? n : 1, true,
+                     score_policy, b, e);
 }
 
 int main_score(const struct options *o, struct larder_err *e)

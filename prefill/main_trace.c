@@ -2,12 +2,11 @@
  *
  * Several policies share one opened model, and neighbours that can a pass, so that comparing
  * policies, or checking many against recorded results, computes little twice. */
-#include "main_common.h"
+#include "main_past.h"
 
 #include <stdio.h>
 
 #include "geom.h"
-#include "mem.h"
 #include "tokenizer.h"
 
 /* How many rows the heads of a layer keep: "256" or "100-256". */
@@ -72,51 +71,15 @@ struct tracing {
     bool json;
 };
 
-static int print_trace(const struct tracing *t, const struct policy *p,
-                       const struct engine_result *r, const struct cache *c, struct larder_err *e)
+static int trace_policy(void *arg, const struct policy *policy, struct past *p,
+                        struct larder_err *e)
 {
+    const struct tracing *t = arg;
+
     if (t->json)
-        return json_print(json_trace(t->s.backend, p, r, c), e);
-    print_table(&t->s, p, r, c);
+        return json_print(json_trace(t->s.backend, policy, &p->result, &p->cache), e);
+    print_table(&t->s, policy, &p->result, &p->cache);
     return 0;
-}
-
-static int trace_each(const struct tracing *t, const struct policy *policy, uint32_t n,
-                      struct engine_sink *sink, struct engine_result *result, struct cache *cache,
-                      struct larder_err *e)
-{
-    struct engine_doc doc = {t->doc.ids, t->doc.n, t->s.tmpl, t->s.shares};
-    int rc = 0;
-
-    for (uint32_t i = 0; i < n && !rc; i++) {
-        sink[i] = (struct engine_sink){&cache[i], cache_add, NULL};
-        rc = cache_init(&cache[i], t->s.backend, false, e);
-    }
-    if (!rc)
-        rc = engine_prefill_each(t->s.backend, &doc, policy, sink, n, result, e);
-    for (uint32_t i = 0; i < n && !rc; i++)
-        rc = print_trace(t, &policy[i], &result[i], &cache[i], e);
-    for (uint32_t i = 0; i < n; i++) {
-        engine_result_done(&result[i]);
-        cache_done(&cache[i]);
-    }
-    return rc;
-}
-
-/* Policies that share a pass. */
-static int trace_policies(void *arg, const struct policy *policy, uint32_t n, struct larder_err *e)
-{
-    struct engine_sink *sink = mem_zalloc(n, sizeof *sink);
-    struct engine_result *result = mem_zalloc(n, sizeof *result);
-    struct cache *cache = mem_zalloc(n, sizeof *cache);
-    int rc = sink && result && cache
-                 ? trace_each(arg, policy, n, sink, result, cache, e)
-                 : larder_fail(e, LARDER_ENOMEM, "no memory for %u policies", n);
-
-    mem_free(sink);
-    mem_free(result);
-    mem_free(cache);
-    return rc;
 }
 
 int main_trace(const struct options *o, struct larder_err *e)
@@ -139,8 +102,8 @@ int main_trace(const struct options *o, struct larder_err *e)
     if (!rc)
         rc = document_read(&t.s, text, ids, &t.doc, e);
     if (!rc)
-        rc = setup_policies(&t.s, o->value[OPTION_POLICY], o->n[OPTION_POLICY], trace_policies, &t,
-                            e);
+        rc = past_each(&t.s, &t.doc, o->value[OPTION_POLICY], o->n[OPTION_POLICY], false,
+                       trace_policy, &t, e);
     document_done(&t.doc);
     setup_done(&t.s);
     return rc;
