@@ -17,14 +17,14 @@
 
 #define MAX_LINE 4096
 
-enum kind { STRING, BYTES, SECONDS, COUNT, OCTAL, FLAG };
+enum kind { STRING, BYTES, SECONDS, COUNT, OCTAL, FLAG, WORD };
 
 struct key {
     const char *name;
     enum kind kind;
     size_t offset;
     uint64_t min, max;
-    const char *preset; /* default, as it would be written */
+    const char *preset; /* default, as it would be written; WORD: all words, the default first */
     const char *help;
 };
 
@@ -33,6 +33,8 @@ static const struct key top_keys[] = {
     {"store", STRING, TOP(store), 0, 0, "/var/lib/larder", "directory of the store"},
     {"store_budget", BYTES, TOP(store_budget), 1 << 20, 1ull << 50, "20G",
      "bytes that entries may take; the least useful ones are evicted beyond it"},
+    {"codec", WORD, TOP(codec), 0, 0, "fast|zstd",
+     "how new bf16 rows are coded: fast or zstd; either is read"},
     {"allow_any_fs", FLAG, TOP(allow_any_fs), 0, 1, "no",
      "accept a store on network, FUSE or overlay file systems, which may lose data"},
     {"socket", STRING, TOP(socket), 0, 0, "/run/larder/larder.sock", "socket for clients"},
@@ -126,6 +128,25 @@ static int set_number(const struct key *k, uint64_t *to, const char *v, const ch
     return 0;
 }
 
+/* The number of a word among those of the key; its first word for NULL. */
+static int set_word(const struct key *k, uint64_t *to, const char *v, const char *where,
+                    struct larder_err *e)
+{
+    const char *at = k->preset;
+    size_t n = v ? strlen(v) : 0;
+
+    for (uint64_t i = 0; at; i++) {
+        size_t len = strcspn(at, "|");
+
+        if (!v || (len == n && !memcmp(at, v, n))) {
+            *to = i;
+            return 0;
+        }
+        at = at[len] ? at + len + 1 : NULL;
+    }
+    return bad(where, k, v, k->preset, e);
+}
+
 static int set_value(const struct key *k, void *base, const char *v, const char *where,
                      struct larder_err *e)
 {
@@ -140,6 +161,8 @@ static int set_value(const struct key *k, void *base, const char *v, const char 
         *(bool *)to = yes;
         return 0;
     }
+    if (k->kind == WORD)
+        return set_word(k, to, v == k->preset ? NULL : v, where, e);
     if (k->kind != STRING)
         return set_number(k, to, v, where, e);
     copy = mem_strdup(v);
@@ -432,6 +455,13 @@ int config_add_model(struct config *c, const char *spec, struct larder_err *e)
 
 /* ---- dump */
 
+static void print_word(const char *words, uint64_t i, FILE *out)
+{
+    for (; i; i--)
+        words += strcspn(words, "|") + 1;
+    fprintf(out, "%.*s\n", (int)strcspn(words, "|"), words);
+}
+
 static void print_value(const struct key *k, const void *base, FILE *out)
 {
     const void *at = (const char *)base + k->offset;
@@ -442,6 +472,9 @@ static void print_value(const struct key *k, const void *base, FILE *out)
         break;
     case FLAG:
         fprintf(out, "%s\n", *(const bool *)at ? "yes" : "no");
+        break;
+    case WORD:
+        print_word(k->preset, *(const uint64_t *)at, out);
         break;
     case OCTAL:
         fprintf(out, "0%llo\n", (unsigned long long)*(const uint64_t *)at);

@@ -35,6 +35,7 @@ struct config {
     char *store, *socket, *worker_socket, *worker_program;
     uint64_t socket_mode;
     uint64_t store_budget;
+    uint64_t codec; /* enum store_codec */
     bool allow_any_fs;
     uint64_t image_cache_bytes, prepared_files, prepared_bytes;
     uint64_t max_clients, max_in_flight, max_queued_frames, max_document_bytes, max_jobs;

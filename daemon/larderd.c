@@ -230,7 +230,8 @@ static int watch_signals(struct daemon *d, struct larder_err *e)
 
 static int open_store(struct daemon *d, struct larder_err *e)
 {
-    struct store_opts o = {d->conf.store, d->conf.store_budget, d->conf.allow_any_fs};
+    struct store_opts o = {d->conf.store, d->conf.store_budget, (enum store_codec)d->conf.codec,
+                           d->conf.allow_any_fs};
 
     if (mkdir(d->conf.store, 0700) && errno != EEXIST)
         return larder_fail(e, LARDER_EIO, "%s: %s", d->conf.store, strerror(errno));

@@ -1,9 +1,10 @@
-/* codec.c - exponent planes, zstd frames and their hashes.
+/* codec.c - extents and their hashes: exponents coded in a zstd frame or in tiers, or bytes as they
+ * are.
  *
- * The one idea: in bf16 rows the exponent byte carries about 2.7 bits and the other byte
- * nearly 8, so only exponents are coded, with Huffman codes alone: matches do not exist
- * there and looking for them costs both time and size. The frame stays a standard one that any zstd
- * reads. Merging works in blocks that stay in cache, so that hashing them is nearly free. */
+ * The one idea: the exponents of bf16 rows, relative to their channels', carry about 2.5 bits and
+ * the rest nearly 8, so only exponents are coded. In a zstd frame, which any zstd reads, with
+ * Huffman codes alone: matches do not exist there and looking for them costs both time and size.
+ * Merging works in blocks that stay in cache, so that hashing them is nearly free. */
 #define ZSTD_STATIC_LINKING_ONLY
 #include "codec.h"
 
@@ -13,21 +14,24 @@
 #include <zstd.h>
 
 #include "bytes.h"
+#include "channels.h"
 #include "mem.h"
+#include "tiers.h"
 
-#define PLANE_MAX (EXTENT_RAW_MAX / 2)
+#define PLANE_MAX CHANNELS_MAX_ELEMS
 #define ZSTD_BLOCK (128u << 10)
 #define HASH_BLOCK (16u << 10)
 #define MAX_WINDOW_LOG 23 /* 8 MiB: what a hostile frame may ask for */
 #define AUX_LEVEL 3
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3")))
 
 struct codec {
     ZSTD_CCtx *cctx;
     ZSTD_DCtx *dctx;
     XXH3_state_t *hash;
-    uint8_t *plane;  /* PLANE_MAX: exponents; EXTENT_RAW_MAX for CODEC_ZSTD */
+    uint8_t *plane;  /* EXTENT_RAW_MAX: for CODEC_ZSTD; else exponents, then PLANE_MAX of scratch */
     uint8_t *stored; /* EXTENT_STORED_MAX */
+    struct channels channels;
+    struct tiers tiers;
 };
 
 struct codec *codec_new(void)
@@ -38,7 +42,7 @@ struct codec *codec_new(void)
         return NULL;
     c->dctx = ZSTD_createDCtx();
     c->hash = XXH3_createState();
-    c->plane = mem_alloc(EXTENT_RAW_MAX, 1);
+    c->plane = mem_alloc(EXTENT_RAW_MAX + TIERS_GROUP, 1);
     if (!c->dctx || !c->hash || !c->plane ||
         ZSTD_isError(ZSTD_DCtx_setParameter(c->dctx, ZSTD_d_windowLogMax, MAX_WINDOW_LOG))) {
         codec_free(c);
@@ -57,28 +61,6 @@ void codec_free(struct codec *c)
     mem_free(c->plane);
     mem_free(c->stored);
     mem_free(c);
-}
-
-/* ---- planes: r = rotl16(v, 1) has the exponent in its high byte */
-
-FAST static void split(const uint8_t *raw, uint32_t n, uint8_t *exponent, uint8_t *rest)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        uint16_t v = (uint16_t)(raw[2 * i] | raw[2 * i + 1] << 8);
-        uint16_t r = (uint16_t)(v << 1 | v >> 15);
-
-        exponent[i] = (uint8_t)(r >> 8);
-        rest[i] = (uint8_t)r;
-    }
-}
-
-FAST static void merge(const uint8_t *exponent, const uint8_t *rest, uint32_t n, uint16_t *dst)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        uint16_t r = (uint16_t)(exponent[i] << 8 | rest[i]);
-
-        dst[i] = (uint16_t)(r >> 1 | r << 15);
-    }
 }
 
 /* ---- encoding */
@@ -121,45 +103,58 @@ static size_t plain_frame(struct codec *c, const void *src, size_t len, uint8_t 
     return ZSTD_isError(rc) ? 0 : rc;
 }
 
-/* Bytes written to c->stored, 0 when coding failed. */
-static size_t encode(struct codec *c, enum codec_kind want, const void *raw, uint32_t len)
+/* bf16: length of the coded exponents, channels, coded exponents, the rest. Bytes written to
+ * c->stored, 0 when they do not fit. */
+static size_t encode_rows(struct codec *c, enum codec_kind want, const struct codec_input *in)
 {
-    struct wr w = wr_init(c->stored, 4);
-    uint32_t n = len / 2;
-    size_t frame;
+    uint8_t *exponent = c->plane, *scratch = c->plane + PLANE_MAX;
+    struct wr w = wr_init(c->stored, EXTENT_STORED_MAX), head = wr_init(c->stored, 4);
+    uint32_t n = in->len / 2;
+    struct channels_at at = channels_start(&c->channels);
+    size_t coded, room;
 
-    if (want == CODEC_ZSTD)
-        return plain_frame(c, raw, len, c->stored, EXTENT_STORED_MAX);
-    /* the frame goes first, so the rest plane waits behind the exponents for its place */
-    split(raw, n, c->plane, c->plane + PLANE_MAX);
-    frame = huffman_frame(c, c->plane, n, c->stored + 4, EXTENT_STORED_MAX - 4);
-    if (!frame || 4 + frame + n > EXTENT_STORED_MAX)
+    channels_choose(&c->channels, in->raw, in->rows);
+    wr_u32(&w, 0);
+    channels_write(&c->channels, &w);
+    if (!wr_ok(&w) || (size_t)(w.end - w.p) < n)
         return 0;
-    wr_u32(&w, (uint32_t)frame);
-    memcpy(c->stored + 4 + frame, c->plane + PLANE_MAX, n);
-    return 4 + frame + n;
+    /* the rest waits at the end until it is known how long the exponents before it are */
+    channels_split(&at, in->raw, n, exponent, w.end - n);
+    room = (size_t)(w.end - w.p) - n;
+    if (want == CODEC_PLANES)
+        coded = huffman_frame(c, exponent, n, w.p, room);
+    else
+        coded = tiers_encode(tiers_kernel(0), exponent, n, scratch, w.p, room);
+    if (!coded)
+        return 0;
+    wr_u32(&head, (uint32_t)coded);
+    memmove(w.p + coded, w.end - n, n);
+    return (size_t)(w.p - c->stored) + coded + n;
 }
 
-int codec_encode(struct codec *c, enum codec_kind want, const void *raw, uint32_t len,
+int codec_encode(struct codec *c, enum codec_kind want, const struct codec_input *in,
                  enum codec_kind *ret_kind, const void **ret_stored, uint32_t *ret_len,
                  uint8_t hash[EXTENT_HASH_LEN], struct larder_err *e)
 {
+    bool rows = want == CODEC_PLANES || want == CODEC_TIERS;
     size_t n = 0;
 
-    if (len > EXTENT_RAW_MAX || (want == CODEC_PLANES && len % 2))
-        return larder_fail(e, LARDER_EINVAL, "an extent of %u bytes", len);
+    if (in->len > EXTENT_RAW_MAX || (rows && in->len % 2))
+        return larder_fail(e, LARDER_EINVAL, "an extent of %u bytes", in->len);
     if (!c->cctx)
         c->cctx = ZSTD_createCCtx();
     if (!c->stored)
         c->stored = mem_alloc(EXTENT_STORED_MAX, 1);
     if (!c->cctx || !c->stored)
         return larder_fail(e, LARDER_ENOMEM, "no memory for a codec");
-    hash_of(raw, len, hash);
-    if (want != CODEC_RAW && len)
-        n = encode(c, want, raw, len);
-    *ret_kind = n && n < len ? want : CODEC_RAW;
-    *ret_stored = *ret_kind == CODEC_RAW ? raw : c->stored;
-    *ret_len = *ret_kind == CODEC_RAW ? len : (uint32_t)n;
+    hash_of(in->raw, in->len, hash);
+    if (rows && in->len)
+        n = encode_rows(c, want, in);
+    else if (want == CODEC_ZSTD)
+        n = plain_frame(c, in->raw, in->len, c->stored, EXTENT_STORED_MAX);
+    *ret_kind = n && n < in->len ? want : CODEC_RAW;
+    *ret_stored = *ret_kind == CODEC_RAW ? in->raw : c->stored;
+    *ret_len = *ret_kind == CODEC_RAW ? in->len : (uint32_t)n;
     return 0;
 }
 
@@ -186,21 +181,29 @@ static int inflate(struct codec *c, const uint8_t *frame, size_t frame_len, uint
     return rc == len ? 0 : damaged(e, "a zstd frame does not have the declared size");
 }
 
-/* Where the uncompressed bytes come from: bytes, or two planes. */
+/* Where the uncompressed bytes come from: bytes, or two planes. Exponents in tiers are decoded just
+ * before they are merged, `ready` of them so far. */
 struct source {
     const uint8_t *bytes;
-    const uint8_t *exponent, *rest;
+    struct channels_at at;
+    struct tiers *tiers;
+    uint8_t *exponent;
+    const uint8_t *rest;
+    uint32_t ready;
 };
 
-static void produce(const struct source *s, uint32_t at, uint32_t n, void *dst)
+static void produce(struct source *s, uint32_t at, uint32_t n, void *dst)
 {
-    if (s->bytes)
+    if (s->bytes) {
         memcpy(dst, s->bytes + at, n);
-    else
-        merge(s->exponent + at / 2, s->rest + at / 2, n / 2, dst);
+        return;
+    }
+    if ((at + n) / 2 > s->ready)
+        s->ready = tiers_read(s->tiers, (at + n) / 2, s->exponent);
+    channels_merge(&s->at, s->exponent + at / 2, s->rest + at / 2, n / 2, dst);
 }
 
-static int deliver(struct codec *c, const struct source *s, uint32_t raw_len,
+static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
                    const uint8_t hash[EXTENT_HASH_LEN], const struct codec_piece *piece,
                    uint32_t n_pieces, struct larder_err *e)
 {
@@ -212,6 +215,9 @@ static int deliver(struct codec *c, const struct source *s, uint32_t raw_len,
     for (uint32_t p = 0; p < n_pieces; p++) {
         uint8_t *dst = piece[p].dst;
 
+        if (piece[p].len > raw_len - at)
+            return larder_fail(e, LARDER_EINTERNAL, "pieces for more than an extent of %u bytes",
+                               raw_len);
         for (uint32_t done = 0; done < piece[p].len;) {
             uint32_t n = piece[p].len - done < HASH_BLOCK ? piece[p].len - done : HASH_BLOCK;
             void *to = dst ? (void *)(dst + done) : (void *)block;
@@ -231,14 +237,35 @@ static int deliver(struct codec *c, const struct source *s, uint32_t raw_len,
     return 0;
 }
 
+/* Everything but the bytes themselves: where they will come from. */
+static int open_rows(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
+                     uint32_t raw_len, struct source *s, struct larder_err *e)
+{
+    struct rd r = rd_init(stored, stored_len);
+    uint32_t coded_len = rd_u32(&r), n = raw_len / 2;
+    const uint8_t *coded;
+
+    if (raw_len % 2 || channels_read(&c->channels, &r, n))
+        return damaged(e, "the channels of an extent are not those of its rows");
+    coded = rd_bytes(&r, coded_len);
+    if (!rd_ok(&r) || rd_left(&r) != n)
+        return damaged(e, "the planes of an extent do not have the declared size");
+    *s = (struct source){
+        .at = channels_start(&c->channels), .exponent = c->plane, .rest = r.p, .ready = n};
+    if (kind == CODEC_PLANES)
+        return inflate(c, coded, coded_len, c->plane, n, e);
+    if (tiers_open(&c->tiers, tiers_kernel(0), coded, coded_len, n, c->plane + PLANE_MAX))
+        return damaged(e, "the tiers of an extent do not have the declared size");
+    s->tiers = &c->tiers;
+    s->ready = 0;
+    return 0;
+}
+
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
                  uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
                  const struct codec_piece *piece, uint32_t n_pieces, struct larder_err *e)
 {
-    struct rd r = rd_init(stored, stored_len);
     struct source s = {.bytes = stored};
-    uint32_t frame_len;
-    const uint8_t *frame;
     int rc = 0;
 
     if (raw_len > EXTENT_RAW_MAX)
@@ -249,15 +276,14 @@ int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint
     } else if (kind == CODEC_ZSTD) {
         rc = inflate(c, stored, stored_len, c->plane, raw_len, e);
         s.bytes = c->plane;
-    } else if (kind == CODEC_PLANES) {
-        frame_len = rd_u32(&r);
-        frame = rd_bytes(&r, frame_len);
-        if (!rd_ok(&r) || raw_len % 2 || rd_left(&r) != raw_len / 2)
-            return damaged(e, "the planes of an extent do not have the declared size");
-        rc = inflate(c, frame, frame_len, c->plane, raw_len / 2, e);
-        s = (struct source){.exponent = c->plane, .rest = r.p};
+    } else if (kind == CODEC_PLANES || kind == CODEC_TIERS) {
+        rc = open_rows(c, kind, stored, stored_len, raw_len, &s, e);
     } else {
         return damaged(e, "an extent names an unknown codec");
     }
-    return rc ? rc : deliver(c, &s, raw_len, hash, piece, n_pieces, e);
+    if (!rc)
+        rc = deliver(c, &s, raw_len, hash, piece, n_pieces, e);
+    if (!rc && kind == CODEC_TIERS && tiers_close(&c->tiers))
+        rc = damaged(e, "the tiers of an extent do not have the declared size");
+    return rc;
 }

@@ -1,8 +1,8 @@
 /* codec.h - lossless coding of one extent (FORMAT.md, "Codecs").
  *
- * Purpose    bf16 rows are split into an exponent plane, entropy-coded inside a standard
- *            zstd frame, and a sign-and-mantissa plane, which does not compress. An
- *            XXH3-128 over the uncompressed bytes is taken on the way in and out.
+ * Purpose    bf16 rows are split into exponents, which are coded, and a plane of signs and
+ *            mantissas, which does not compress (channels.h). An XXH3-128 over the uncompressed
+ *            bytes is taken on the way in and out.
  * Ownership  codec_new() allocates, codec_free() frees (NULL allowed).
  * Threads    A codec belongs to one thread at a time.
  * Errors     LARDER_EDAMAGED for bytes that do not decode to what was declared.
@@ -13,6 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "channels.h"
 #include "larder_status.h"
 
 #define EXTENT_RAW_MAX (1u << 20)
@@ -21,8 +22,10 @@
 
 enum codec_kind {
     CODEC_RAW = 0,    /* bytes as they are */
-    CODEC_PLANES = 1, /* bf16: zstd frame of exponents, then sign and mantissa bytes */
+    CODEC_PLANES = 1, /* bf16: the exponents in a zstd frame */
     CODEC_ZSTD = 2,   /* a zstd frame */
+    CODEC_TIERS = 3,  /* bf16: the exponents in tiers (tiers.h) */
+    CODEC_COUNT,
 };
 
 struct codec;
@@ -30,16 +33,24 @@ struct codec;
 struct codec *codec_new(void); /* NULL when memory is out */
 void codec_free(struct codec *c);
 
-/* Code raw[0..len), len <= EXTENT_RAW_MAX, with `want`, or CODEC_RAW where that is not larger.
- * *ret_stored is borrowed from the codec (or is `raw`) until the next call. */
-int codec_encode(struct codec *c, enum codec_kind want, const void *raw, uint32_t len,
+/* What there is to code: raw[0..len), len <= EXTENT_RAW_MAX; for bf16 codecs also what its rows
+ * are. */
+struct codec_input {
+    const void *raw;
+    uint32_t len;
+    const struct channel_rows *rows; /* len / 2 elements */
+};
+
+/* Code it with `want`, or CODEC_RAW where that is not larger. *ret_stored is borrowed from the
+ * codec (or is `raw`) until the next call. */
+int codec_encode(struct codec *c, enum codec_kind want, const struct codec_input *in,
                  enum codec_kind *ret_kind, const void **ret_stored, uint32_t *ret_len,
                  uint8_t hash[EXTENT_HASH_LEN], struct larder_err *e);
 
 /* A piece of an extent's uncompressed bytes and where it goes. NULL dst: decode and hash only. */
 struct codec_piece {
     void *dst;
-    uint32_t len; /* even for CODEC_PLANES */
+    uint32_t len; /* even for bf16 codecs */
 };
 
 /* Decode into pieces, whose lengths add up to raw_len, and compare the hash. The bytes in

@@ -239,7 +239,7 @@ static int get_extents(struct rd *r, struct manifest *m, struct larder_err *e)
         uint8_t stream = rd_u8(r), codec = rd_u8(r);
         uint64_t want;
 
-        if (rd_u16(r) || stream > STREAM_AUX || codec > CODEC_ZSTD ||
+        if (rd_u16(r) || stream > STREAM_AUX || codec >= CODEC_COUNT ||
             (stream == STREAM_ROWS && i != m->n_row_extents))
             return damaged(e, "an extent is out of range");
         want = left[stream] < EXTENT_RAW_MAX ? left[stream] : EXTENT_RAW_MAX;

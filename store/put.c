@@ -35,6 +35,7 @@ struct store_put {
     uint32_t cap_extents;
     uint8_t *raw; /* the extent being filled */
     uint32_t fill;
+    struct channel_rows rows; /* what it holds, where that is bf16 */
     struct staged staged[BATCH_BYTES / 4096];
     uint32_t n_staged, staged_bytes;
     struct buffer positions; /* coded */
@@ -176,9 +177,9 @@ static int new_extent(struct store_put *p, struct extent **ret, struct larder_er
     return 0;
 }
 
-/* Code raw[0..len) as the next extent and queue it for writing. */
-static int stage(struct store_put *p, enum stream stream, enum codec_kind want, const void *raw,
-                 uint32_t len, struct larder_err *e)
+/* Code it as the next extent and queue it for writing. */
+static int stage(struct store_put *p, enum stream stream, enum codec_kind want,
+                 const struct codec_input *in, struct larder_err *e)
 {
     struct extent *x = NULL;
     const void *stored;
@@ -187,8 +188,8 @@ static int stage(struct store_put *p, enum stream stream, enum codec_kind want, 
     if (rc)
         return rc;
     x->stream = stream;
-    x->raw_len = len;
-    rc = codec_encode(p->codec, want, raw, len, &x->codec, &stored, &x->stored_len, x->hash, e);
+    x->raw_len = in->len;
+    rc = codec_encode(p->codec, want, in, &x->codec, &stored, &x->stored_len, x->hash, e);
     if (rc)
         return rc;
     p->written += x->stored_len;
@@ -211,15 +212,18 @@ static int stage(struct store_put *p, enum stream stream, enum codec_kind want, 
 
 static int stage_rows(struct store_put *p, struct larder_err *e)
 {
-    enum codec_kind want = p->m.info.precision == KV_BF16 ? CODEC_PLANES : CODEC_RAW;
-    uint32_t len = p->fill;
+    enum codec_kind want = p->m.info.precision == KV_BF16 ? p->s->codec : CODEC_RAW;
+    struct codec_input in = {p->raw, p->fill, &p->rows};
+    int rc = p->fill ? stage(p, STREAM_ROWS, want, &in, e) : 0;
 
     p->fill = 0;
-    return len ? stage(p, STREAM_ROWS, want, p->raw, len, e) : 0;
+    p->rows.n_runs = 0;
+    return rc;
 }
 
-/* Add bytes to the row stream. */
-static int stream_rows(struct store_put *p, const void *bytes, uint64_t n, struct larder_err *e)
+/* Add bytes, elements in rows of `width` where they are bf16, to the row stream. */
+static int stream_rows(struct store_put *p, const void *bytes, uint64_t n, uint32_t width,
+                       struct larder_err *e)
 {
     const uint8_t *at = bytes;
     int rc = 0;
@@ -230,6 +234,8 @@ static int stream_rows(struct store_put *p, const void *bytes, uint64_t n, struc
 
         memcpy(p->raw + p->fill, at, take);
         p->fill += take;
+        if (p->m.info.precision == KV_BF16)
+            channels_add(&p->rows, take / 2, width);
         at += take;
         n -= take;
         if (p->fill == EXTENT_RAW_MAX)
@@ -246,7 +252,7 @@ static int stream_bias(struct store_put *p, const float *bias, uint32_t n, struc
         uint16_t h = f32_to_bf16(bias[i]);
         uint8_t b[2] = {(uint8_t)h, (uint8_t)(h >> 8)};
 
-        rc = stream_rows(p, b, 2, e);
+        rc = stream_rows(p, b, 2, 1, e);
     }
     return rc;
 }
@@ -319,9 +325,9 @@ int store_put_layer(struct store_put *p, const struct store_rows *heads, struct 
         if (!rc)
             rc = code_positions(p, h->position, h->n_rows, e);
         if (!rc)
-            rc = stream_rows(p, h->k, tile_bytes_k(in->precision, h->n_rows, d), e);
+            rc = stream_rows(p, h->k, tile_bytes_k(in->precision, h->n_rows, d), d, e);
         if (!rc)
-            rc = stream_rows(p, h->v, tile_bytes_v(in->precision, h->n_rows, d), e);
+            rc = stream_rows(p, h->v, tile_bytes_v(in->precision, h->n_rows, d), d, e);
         if (!rc && in->has_bias)
             rc = stream_bias(p, h->bias, h->n_rows, e);
     }
@@ -353,9 +359,13 @@ static int stage_aux(struct store_put *p, const struct store_info *info, struct 
     }
     if (!rc)
         rc = append(&aux, info->extra, strlen(info->extra), e);
-    for (uint64_t at = 0; !rc && at < aux.len; at += EXTENT_RAW_MAX)
-        rc = stage(p, STREAM_AUX, CODEC_ZSTD, aux.p + at,
-                   aux.len - at < EXTENT_RAW_MAX ? (uint32_t)(aux.len - at) : EXTENT_RAW_MAX, e);
+    for (uint64_t at = 0; !rc && at < aux.len; at += EXTENT_RAW_MAX) {
+        uint64_t left = aux.len - at;
+        struct codec_input in = {aux.p + at,
+                                 left < EXTENT_RAW_MAX ? (uint32_t)left : EXTENT_RAW_MAX, NULL};
+
+        rc = stage(p, STREAM_AUX, CODEC_ZSTD, &in, e);
+    }
     mem_free(aux.p);
     return rc;
 }

@@ -20,7 +20,7 @@
 #include "mem.h"
 #include "store_int.h"
 
-#define FORMAT_VERSION 1u
+#define FORMAT_VERSION 2u
 #define MAX_READERS 512
 #define MIN_MAP (1ull << 30)
 #define NEW_DIR "new.tmp"
@@ -357,6 +357,7 @@ int store_open(struct store **ret, const struct store_opts *opts, struct larder_
         return larder_fail(e, LARDER_ENOMEM, "no memory");
     s->lock_fd = s->dir_fd = -1;
     s->budget = opts->store_budget;
+    s->codec = opts->codec == STORE_FAST ? CODEC_TIERS : CODEC_PLANES;
     pthread_mutex_init(&s->write, NULL);
     pthread_mutex_init(&s->small, NULL);
     rc = lock_dir(s, opts->dir, e);

@@ -33,10 +33,17 @@ struct store;
 struct store_put;
 struct store_entry;
 
+/* How bf16 rows are coded when they are written; either is read (FORMAT.md section 3). */
+enum store_codec {
+    STORE_FAST, /* tiers */
+    STORE_ZSTD, /* planes, whose exponents any zstd decodes */
+};
+
 struct store_opts {
     const char *dir;       /* must exist, 0700, on a local file system; used during the call only */
     uint64_t store_budget; /* bytes of manifests and extents, as stored_bytes counts; never 0 */
-    bool allow_any_fs;     /* do not refuse network, FUSE or overlay file systems */
+    enum store_codec codec;
+    bool allow_any_fs; /* do not refuse network, FUSE or overlay file systems */
 };
 
 int store_open(struct store **ret, const struct store_opts *opts, struct larder_err *e);

@@ -42,7 +42,8 @@ struct store {
     pthread_mutex_t write, small;
     bool broken; /* a commit failed: no more writes; under `write` */
     uint64_t budget;
-    uint64_t evicted; /* since open */
+    uint64_t evicted;      /* since open */
+    enum codec_kind codec; /* of bf16 rows */
     struct touch touch[MAX_TOUCHES];
     uint32_t n_touch;
     struct codec *scratch[MAX_SCRATCH]; /* idle decoders */

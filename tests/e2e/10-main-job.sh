@@ -71,9 +71,11 @@ assert e["n_ctx"] == s["n_ctx"] and e["policy"] == s["policy"] and e["key"] == s
 assert e["rows"] == [n for layer in s["rows"] for n in layer]
 assert all(p == sorted(set(p)) and p[-1] < e["n_ctx"] for p in e["positions"])
 assert "Whetting" in e["text"] or "Python" in e["text"]
+assert e["row_codecs"] == [3], e["row_codecs"]
 PY
 }
 claim "a second reader, written from FORMAT.md, decodes the entry" second_reader
+cp "$dir/entry" "$dir/fast"
 
 # Half of the rows as int4 codes.
 packed_put() {
@@ -122,4 +124,21 @@ claim "after a restart the entry is there" start_daemon
 claim "and answers" larder ask a700 "What is the name of the programming language?" --max-new 4
 removed() { larder rm a700 && fails_with LARDER_ENOTFOUND larder show a700; }
 claim "a removed entry is gone" removed
+
+stop_daemon TERM
+claim "larderd starts with the other codec" start_daemon --set codec=zstd
+other_codec() {
+    larder put "$docs/doc_a700.txt" --policy "$policy" --wait --json | field key >"$dir/key" &&
+        /usr/bin/python3 tests/format/read_entry.py "$dir/d/store" "$(cat "$dir/key")" >"$dir/entry" &&
+        python3 - "$dir/entry" "$dir/fast" <<'PY'
+import json, sys
+e, fast = (json.load(open(p)) for p in sys.argv[1:3])
+assert e["row_codecs"] == [1], e["row_codecs"]
+assert e["k"] == fast["k"] and e["v"] == fast["v"], "the same rows, coded otherwise"
+PY
+}
+claim "stored with it, the same document has the same rows" other_codec
+claim "verify finds every byte of both codecs good" larder verify
+no_codec() { fails_with LARDER_ECONFIG "$build/larderd" --private "$dir/x" --set codec=lz4 && grep -q "fast|zstd" "$dir/e"; }
+claim "another codec is refused, with those that there are" no_codec
 exit $rc

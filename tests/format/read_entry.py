@@ -64,17 +64,50 @@ def inflate(frame, size):
     return out
 
 
+def channel_bases(r, n):
+    """The base of each of n values."""
+    bases = bytearray()
+    for _ in range(r.num("H")):
+        elements, width = r.num("I"), r.num("H")
+        base = r.take(width)
+        bases += (base * (elements // width + 1))[:elements]
+    assert len(bases) == n, "channels"
+    return bases
+
+
+def low_bits(group):
+    return [group[i % 16] >> i // 16 * 2 & 3 for i in range(64)]
+
+
+def untier(coded, n):
+    r = Reader(coded)
+    m, first, second = r.num("I"), r.take(3), r.take(7)
+    assert r.num("H") == 0
+    ones = [c for _ in range(-(-n // 64)) for c in low_bits(r.take(16))]
+    twos = []
+    for _ in range(-(-m // 64)):
+        low, third = low_bits(r.take(16)), r.num("Q")
+        twos += [c | (third >> i & 1) << 2 for i, c in enumerate(low)]
+    escaped = iter([second[c] if c < 7 else r.take(1)[0] for c in twos])
+    assert ones.count(3) == m and r.at == len(coded), "tiers"
+    return [first[c] if c < 3 else next(escaped) for c in ones][:n]
+
+
 def decode(codec, stored, raw_len):
     if codec == 0:
         return stored
     if codec == 2:
         return inflate(stored, raw_len)
-    frame_len, half = struct.unpack("<I", stored[:4])[0], raw_len // 2
-    exponent, rest = inflate(stored[4:4 + frame_len], half), stored[4 + frame_len:]
+    r, n = Reader(stored), raw_len // 2
+    coded_len = r.num("I")
+    bases = channel_bases(r, n)
+    coded, rest = r.take(coded_len), r.take(n)
+    assert codec in (1, 3) and r.at == len(stored), "planes"
+    exponent = inflate(coded, n) if codec == 1 else untier(coded, n)
     out = bytearray(raw_len)
-    for i in range(half):
-        rotated = exponent[i] << 8 | rest[i]
-        struct.pack_into("<H", out, 2 * i, rotated >> 1 | (rotated & 1) << 15)
+    for i in range(n):
+        e = (exponent[i] + bases[i]) & 255
+        struct.pack_into("<H", out, 2 * i, e << 7 | rest[i] >> 1 | (rest[i] & 1) << 15)
     return bytes(out)
 
 
@@ -170,6 +203,7 @@ def main():
                 m["bf16"]["%s%d" % (name, i)] = hashlib.sha256(expand(*shape, tile)).hexdigest()
         r.take(2 * n if m["flags"] & 1 else 0)
     assert r.at == len(rows)
+    m["row_codecs"] = sorted({codec for stream, codec, *_ in m["extents"] if stream == 0})
     m["extents"] = len(m["extents"])
     json.dump(m, sys.stdout)
 
