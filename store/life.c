@@ -142,6 +142,7 @@ int entry_remove(struct store *s, MDB_txn *txn, const uint8_t *key, char why, ui
         rc = db_del(s, txn, DB_entries, key, STORE_KEY_LEN, e);
     if (!rc)
         rc = db_del(s, txn, DB_state, key, STORE_KEY_LEN, e);
+    s->added -= (int64_t)st.stored_bytes;
     if (!rc && why)
         rc = tomb_add(s, txn, key, why, now, e);
     if (!rc && ret_freed)
@@ -208,7 +209,7 @@ static double worth(const struct state *st, uint64_t now)
 
 struct victim {
     const uint8_t *spare;
-    uint64_t now, used;
+    uint64_t now;
     bool found;
     double worth;
     uint8_t key[STORE_KEY_LEN];
@@ -219,7 +220,6 @@ static int least_worthy(void *arg, const uint8_t *key, const struct state *st)
     struct victim *v = arg;
     double w = worth(st, v->now);
 
-    v->used += st->stored_bytes;
     if (st->flags & STATE_PINNED || !memcmp(key, v->spare, STORE_KEY_LEN) ||
         (v->found && w >= v->worth))
         return 0;
@@ -233,19 +233,21 @@ int evict_for(struct store *s, MDB_txn *txn, uint64_t need, const uint8_t *keep,
               struct larder_err *e)
 {
     for (;;) {
+        uint64_t used = s->used + (uint64_t)s->added;
         struct victim v = {.spare = keep, .now = now};
-        int rc = each(s, txn, least_worthy, &v, e);
+        int rc;
 
+        if (need <= s->budget && used <= s->budget - need)
+            return 0;
+        rc = each(s, txn, least_worthy, &v, e);
         if (rc)
             return rc;
-        if (need <= s->budget && v.used <= s->budget - need)
-            return 0;
         if (!v.found)
             return larder_fail(e, LARDER_EFULL,
                                "%llu bytes do not fit: the budget is %llu and %llu are pinned; "
                                "raise store_budget, keep fewer rows or unpin entries",
                                (unsigned long long)need, (unsigned long long)s->budget,
-                               (unsigned long long)v.used);
+                               (unsigned long long)used);
         rc = entry_remove(s, txn, v.key, 'e', now, NULL, e);
         if (rc)
             return rc;
@@ -257,6 +259,7 @@ int evict_for(struct store *s, MDB_txn *txn, uint64_t need, const uint8_t *keep,
 
 struct live {
     uint64_t *id, n, cap;
+    uint64_t used; /* bytes of the entries */
 };
 
 static int add_live(void *arg, const uint8_t *key, const struct state *st)
@@ -273,6 +276,7 @@ static int add_live(void *arg, const uint8_t *key, const struct state *st)
         l->cap = cap;
     }
     l->id[l->n++] = st->entry_id;
+    l->used += st->stored_bytes;
     return 0;
 }
 
@@ -331,6 +335,7 @@ int orphans_sweep(struct store *s, struct larder_err *e)
     if (rc)
         return rc;
     rc = sweep_txn(s, txn, &live, e);
+    s->used = live.used;
     mem_free(live.id);
     if (rc) {
         txn_abort(s, txn);

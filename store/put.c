@@ -431,6 +431,7 @@ static int publish(struct store_put *p, MDB_txn *txn, const void *manifest, size
         rc = db_put(p->s, txn, DB_entries, in->key, STORE_KEY_LEN, manifest, len, e);
     if (!rc)
         rc = state_put(p->s, txn, in->key, &st, e);
+    p->s->added += (int64_t)st.stored_bytes;
     if (!rc)
         rc = prefix_add(p->s, txn, &p->m, in, e);
     if (!rc && name)

@@ -79,6 +79,8 @@ int txn_write(struct store *s, MDB_txn **ret, struct larder_err *e)
         rc = lmdb_fail(s, rc, "write transaction", e);
     if (rc)
         pthread_mutex_unlock(&s->write);
+    else
+        s->added = 0;
     return rc;
 }
 
@@ -122,6 +124,8 @@ int txn_commit(struct store *s, MDB_txn *txn, struct larder_err *e)
     if (rc) {
         rc = lmdb_fail(s, rc, "commit", e);
         s->broken |= rc != LARDER_EFULL && rc != LARDER_ENOMEM;
+    } else {
+        s->used += (uint64_t)s->added;
     }
     pthread_mutex_unlock(&s->write);
     return rc;

@@ -42,6 +42,8 @@ struct store {
     pthread_mutex_t write, small;
     bool broken; /* a commit failed: no more writes; under `write` */
     uint64_t budget;
+    uint64_t used;         /* bytes of all entries; under `write` */
+    int64_t added;         /* to them by the open write transaction; under `write` */
     uint64_t evicted;      /* since open */
     enum codec_kind codec; /* of bf16 rows */
     struct touch touch[MAX_TOUCHES];
@@ -100,7 +102,8 @@ int entry_remove(struct store *s, MDB_txn *txn, const uint8_t *key, char why, ui
 int evict_for(struct store *s, MDB_txn *txn, uint64_t need, const uint8_t *keep, uint64_t now,
               struct larder_err *e);
 int extents_remove(const struct store *s, MDB_txn *txn, uint64_t entry_id, struct larder_err *e);
-/* Extents whose entry never got its manifest: an interrupted put. Own transaction. */
+/* Extents whose entry never got its manifest: an interrupted put. Own transaction. Adds up what
+ * the entries take on the way. */
 int orphans_sweep(struct store *s, struct larder_err *e);
 int name_bind(struct store *s, MDB_txn *txn, const uint8_t *key, const char *ns, const char *name,
               struct larder_err *e);

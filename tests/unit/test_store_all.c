@@ -297,6 +297,43 @@ static void use_decides_who_is_evicted(void **state)
     store_entry_close(en);
 }
 
+/* Entry i of entries of about the same size. */
+static void put_equal(struct fixture *f, uint32_t i, uint8_t key[32])
+{
+    struct synthetic *y = synthetic_new(400, KV_BF16, false, 7);
+    struct larder_err e = {0, ""};
+
+    y->tokens[0] = i;
+    assert_int_equal(synthetic_put(f->s, y, NULL, false, key, &e), 0);
+    synthetic_free(y);
+}
+
+static void what_was_replaced_or_removed_makes_room(void **state)
+{
+    struct fixture *f = *state;
+    struct larder_err e = {0, ""};
+    struct store_stats st;
+    uint8_t key[32];
+
+    put_equal(f, 0, key);
+    assert_int_equal(store_stats(f->s, &st, &e), 0);
+    reopen(f, 3 * st.used + 100);
+    for (int i = 0; i < 4; i++)
+        put_equal(f, 0, key);
+    put_equal(f, 1, key);
+    assert_int_equal(store_delete(f->s, key, NULL, &e), 0);
+    put_equal(f, 2, key);
+    put_equal(f, 3, key);
+    assert_int_equal(store_stats(f->s, &st, &e), 0);
+    assert_int_equal(st.entries, 3);
+    assert_int_equal(st.evicted, 0);
+    put_equal(f, 4, key);
+    put_equal(f, 5, key);
+    assert_int_equal(store_stats(f->s, &st, &e), 0);
+    assert_int_equal(st.entries, 3);
+    assert_int_equal(st.evicted, 2);
+}
+
 static void an_aborted_put_leaves_nothing(void **state)
 {
     struct fixture *f = *state;
@@ -567,6 +604,7 @@ int main(void)
         CASE(storing_again_replaces_and_keeps_name_and_pin),
         CASE(the_budget_holds_to_the_byte_and_spares_pins),
         CASE(use_decides_who_is_evicted),
+        CASE(what_was_replaced_or_removed_makes_room),
         CASE(an_aborted_put_leaves_nothing),
         CASE(positions_out_of_order_are_refused),
         CASE(lists_page_in_key_order),
