@@ -18,6 +18,7 @@
 
 #define BUCKETS 4096u
 #define IMAGE_MAX_BYTES (1ull << 40)
+#define SMALL_SHARE 32u
 
 struct waiter {
     struct waiter *next;
@@ -83,14 +84,15 @@ static void *prepare(void *arg)
     return NULL;
 }
 
-/* A mapped file of at least n bytes; *ret_mapped is what is mapped. */
+/* A mapped file of at least n bytes; *ret_mapped is what is mapped. A prepared one is not for
+ * images so small that giving back and preparing the rest of it costs more than their own pages. */
 static int take_file(struct images *s, uint64_t n, int *ret_fd, void **ret_map,
                      uint64_t *ret_mapped, struct larder_err *e)
 {
     bool found = false;
 
     pthread_mutex_lock(&s->lock);
-    if (s->n_files && n <= s->file_bytes) {
+    if (s->n_files && n <= s->file_bytes && n >= s->file_bytes / SMALL_SHARE) {
         s->n_files--;
         *ret_fd = s->file[s->n_files].fd;
         *ret_map = s->file[s->n_files].map;
