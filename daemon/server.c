@@ -19,7 +19,6 @@
 #include "seqpacket.h"
 
 #define ACCEPT_PAUSE_S 1
-#define PACKETS_PER_WAKE 16 /* so that one client cannot hold the loop */
 
 struct packet {
     struct packet *next;
@@ -252,8 +251,8 @@ static int check_frame(const struct client *c, const struct frame *f, int fd, st
     return 0;
 }
 
-/* Takes the frame's body and fd. False: the connection is ending or gone. */
-static bool receive(struct client *c, const struct frame *f, int fd)
+/* Takes the frame's body and fd. */
+static void receive(struct client *c, const struct frame *f, int fd)
 {
     struct request *r = mem_zalloc(1, sizeof *r);
     struct larder_err e;
@@ -266,7 +265,7 @@ static bool receive(struct client *c, const struct frame *f, int fd)
         if (fd >= 0)
             close(fd);
         violate(c, f->seq, &e);
-        return false;
+        return;
     }
     r->d = c->d;
     r->client = c;
@@ -282,48 +281,35 @@ static bool receive(struct client *c, const struct frame *f, int fd)
     c->n_requests++;
     c->d->n_requests++;
     request_dispatch(r);
-    return true;
 }
 
-static struct client *still_there(struct daemon *d, const struct client *c)
-{
-    struct client *at = d->clients;
-
-    while (at && at != c)
-        at = at->next;
-    return at;
-}
-
+/* One packet a wake: a client that sends many takes turns with the others, and one that waits for
+ * its answer is not asked in vain for a second. */
 static void on_readable(evutil_socket_t sock, short what, void *arg)
 {
     static uint8_t packet[FRAME_MAX_BYTES]; /* the loop thread's */
     struct client *c = arg;
-    struct daemon *d = c->d;
+    struct larder_err e = {0, ""};
+    struct frame f;
+    size_t len;
+    int fd = -1, rc = seqpacket_recv(sock, packet, sizeof packet, &len, &fd, &e);
 
     (void)what;
-    for (int i = 0; i < PACKETS_PER_WAKE && still_there(d, c) && !c->closing; i++) {
-        struct larder_err e = {0, ""};
-        struct frame f;
-        size_t len;
-        int fd = -1, rc = seqpacket_recv(sock, packet, sizeof packet, &len, &fd, &e);
-
-        if (rc == LARDER_EBUSY)
-            return;
-        if (rc && rc != LARDER_EPROTO) {
-            client_close(c);
-            return;
-        }
-        if (!rc)
-            rc = frame_decode(packet, len, &f, &e);
-        if (rc) {
-            if (fd >= 0)
-                close(fd);
-            violate(c, 0, &e);
-            return;
-        }
-        if (!receive(c, &f, fd))
-            return;
+    if (rc == LARDER_EBUSY)
+        return;
+    if (rc && rc != LARDER_EPROTO) {
+        client_close(c);
+        return;
     }
+    if (!rc)
+        rc = frame_decode(packet, len, &f, &e);
+    if (!rc) {
+        receive(c, &f, fd);
+        return;
+    }
+    if (fd >= 0)
+        close(fd);
+    violate(c, 0, &e);
 }
 
 static void on_writable(evutil_socket_t sock, short what, void *arg)
