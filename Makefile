@@ -163,7 +163,7 @@ $(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
 
 # tests/bench/bench_DIR_what.c likewise.
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
-$(B)/bench/bench_%: tests/bench/bench_%.c tests/bench/benchlib.h $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+$(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \

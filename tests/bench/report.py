@@ -6,6 +6,7 @@ import sys
 DECODED_US = 150
 FETCH_FACTOR = 2
 TARGET_TOKENS = "2048"
+CLIENTS, FETCHES_PER_S, P99_US = "256", 20000, 50000
 
 
 def table(head, lines):
@@ -46,13 +47,26 @@ def print_others(rows):
     table(["stage", "subject", "of", "measured", "runs"], lines)
 
 
+def median_in(rows, stage, subject, value=None):
+    for r in rows:
+        if (r["stage"], r["subject"]) == (stage, subject) and value in (None, r["value"]):
+            return float(r["median"])
+    return None
+
+
+def many_targets(rows):
+    """Yields what targets() does, of many clients."""
+    yield ("fetches a second of %s clients, at least %d" % (CLIENTS, FETCHES_PER_S),
+           median_in(rows, "many clients", "fetch rate", CLIENTS), FETCHES_PER_S, "/s")
+    yield ("p99 of a fetch of %s clients: %d us" % (CLIENTS, P99_US),
+           median_in(rows, "many clients", "fetch p99", CLIENTS), P99_US, "us")
+
+
 def targets(rows):
-    """Yields (target, measured, limit, unit); None where a figure is missing."""
+    """Yields (target, measured, limit, unit); None where a figure is missing. The limit is a
+    least one where the unit is a rate."""
     def median(stage, subject, value=None):
-        for r in rows:
-            if (r["stage"], r["subject"]) == (stage, subject) and value in (None, r["value"]):
-                return float(r["median"])
-        return None
+        return median_in(rows, stage, subject, value)
 
     peers = [float(r["median"]) for r in rows if r["stage"] == "prefill"
              and r["value"] == TARGET_TOKENS and not r["subject"].startswith("larder")]
@@ -64,6 +78,7 @@ def targets(rows):
     yield "fetch, decoded: %d us" % DECODED_US, median("fetch", "decoded"), DECODED_US, "us"
     yield ("worker's peak: weights + hidden states + K/V of a layer + 200 MiB",
            median("memory", "worker"), median("memory", "worker's limit"), "MiB")
+    yield from many_targets(rows)
 
 
 def print_targets(rows):
@@ -71,7 +86,8 @@ def print_targets(rows):
     for name, got, limit, unit in targets(rows):
         verdict = "not measured"
         if got is not None and limit is not None:
-            verdict = "met" if got <= limit else "missed, %.1fx" % (got / limit)
+            excess = limit / got if unit == "/s" else got / limit
+            verdict = "met" if excess <= 1 else "missed, %.1fx" % excess
         text = ["-" if v is None else "%.1f %s" % (v, unit) for v in (got, limit)]
         lines.append([name] + text + [verdict])
     table(["target", "measured", "limit", ""], lines)

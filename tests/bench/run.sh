@@ -2,9 +2,10 @@
 # tests/bench/run.sh BUILD [RUNS [TOKENS]] - measure prefill against peers, fetches, and memory.
 #
 # Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
-# it, then prefill_peers.py with the daemon stopped. Prints tables; the same figures go to
-# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
-# TOKENS (512,2048,5000) are those of the prefill. Nothing started here outlives it.
+# it, then those for many clients on a store of their own, then prefill_peers.py with the daemon
+# stopped. Prints tables; the same figures go to tests/bench/results/MACHINE.csv, which a run that
+# does not finish leaves alone. RUNS (5) and TOKENS (512,2048,5000) are those of the prefill.
+# Nothing started here outlives it.
 . "$(dirname "$0")/../e2e/lib.sh"
 runs=${2:-5}
 lengths=${3:-512,2048,5000}
@@ -41,8 +42,9 @@ die() {
     exit 1
 }
 
-# bench STAGE NAME ARGUMENT...: the CSV of bench_NAME as rows of ours. Its columns mib, runs, min_us
-# and median_us are known by name; those after median_us are figures of their own.
+# bench STAGE NAME ARGUMENT...: the CSV of bench_NAME as rows of ours. Its columns runs, min_us and
+# median_us are known by name; the parameter is mib or, without it, the second. Those after
+# median_us are figures of their own, in the unit that their name ends with.
 bench() {
     stage=$1 name=$2
     shift 2
@@ -50,13 +52,15 @@ bench() {
     awk -F, -v OFS=, -v stage="$stage" '
         NR == 1 { for (i = 1; i <= NF; i++) { head[i] = $i; at[$i] = i }; next }
         {
-            mib = $at["mib"]
-            print stage, $1, "MiB", mib, "us", $at["min_us"], $at["median_us"],
+            p = "mib" in at ? at["mib"] : 2
+            of = "mib" in at ? "MiB" : head[p]
+            print stage, $1, of, $p, "us", $at["min_us"], $at["median_us"],
                 ("runs" in at ? $at["runs"] : ""), ""
             for (i = at["median_us"] + 1; i <= NF; i++) {
                 other = head[i]
+                unit = sub(/_per_s$/, "", other) ? "/s" : sub(/_kib$/, "", other) ? "KiB" : "us"
                 sub(/_us$/, "", other)
-                print stage, $1 " " other, "MiB", mib, "us", "", $i, "", ""
+                print stage, $1 " " other, of, $p, unit, "", $i, "", ""
             }
         }' "$dir/bench" >>"$csv"
 }
@@ -98,12 +102,23 @@ store_and_fetch() {
     bench "step of a question" prefill_resume "$model" 2048 20
 }
 
+# An image of about 64 KiB needs a smaller vocabulary than the model's: a synthetic entry.
+many_clients() {
+    echo "fetching with many clients" >&2
+    mkdir -m 700 "$dir/many"
+    bench put store_put "$dir/many" bench
+    start_daemon --set "store=$dir/many" --set max_clients=512 || exit 1
+    bench "many clients" client_many bench 40000 1 8 64 256
+    stop_daemon
+}
+
 started=$SECONDS
 tag=$(machine)
 echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
 # Whoever reads the figures wants to know whether the machine was at rest.
 echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,$tag" >>"$csv"
 store_and_fetch
+many_clients
 python3 tests/bench/prefill_peers.py --build "$build" --model "$model" --runs "$runs" \
     --tokens "$lengths" --csv "$csv" &
 peers=$!
