@@ -7,6 +7,8 @@ DECODED_US = 150
 FETCH_FACTOR = 2
 TARGET_TOKENS = "2048"
 CLIENTS, FETCHES_PER_S, P99_US = "256", 20000, 50000
+PREFIX_US = 1000
+FLAT = 1.2  # of the smallest store's figure
 
 
 def table(head, lines):
@@ -55,11 +57,20 @@ def median_in(rows, stage, subject, value=None):
 
 
 def many_targets(rows):
-    """Yields what targets() does, of many clients."""
+    """Yields what targets() does, of many clients and of a growing store."""
     yield ("fetches a second of %s clients, at least %d" % (CLIENTS, FETCHES_PER_S),
            median_in(rows, "many clients", "fetch rate", CLIENTS), FETCHES_PER_S, "/s")
     yield ("p99 of a fetch of %s clients: %d us" % (CLIENTS, P99_US),
            median_in(rows, "many clients", "fetch p99", CLIENTS), P99_US, "us")
+    sizes = sorted({r["value"] for r in rows if r["stage"] == "growth"}, key=int)
+    if not sizes:
+        return
+    for name in ("by key", "by name", "fetch", "client's look-up", "client's fetch"):
+        few = median_in(rows, "growth", name, sizes[0])
+        yield ("%s of %s entries: %.1f x that of %s" % (name, sizes[-1], FLAT, sizes[0]),
+               median_in(rows, "growth", name, sizes[-1]), few and FLAT * few, "us")
+    yield ("longest prefix of %s entries: %d us" % (sizes[-1], PREFIX_US),
+           median_in(rows, "growth", "longest prefix", sizes[-1]), PREFIX_US, "us")
 
 
 def targets(rows):

@@ -1,14 +1,18 @@
 #!/bin/bash
-# tests/bench/run.sh BUILD [RUNS [TOKENS]] - measure prefill against peers, fetches, and memory.
+# tests/bench/run.sh BUILD [RUNS [TOKENS [ENTRIES]]] - measure prefill against peers, fetches, and
+# memory.
 #
 # Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
-# it, then those for many clients on a store of their own, then prefill_peers.py with the daemon
-# stopped. Prints tables; the same figures go to tests/bench/results/MACHINE.csv, which a run that
-# does not finish leaves alone. RUNS (5) and TOKENS (512,2048,5000) are those of the prefill.
-# Nothing started here outlives it.
+# it, then those for many clients and for many entries on stores of their own, then
+# prefill_peers.py with the daemon stopped. Prints tables; the same figures go to
+# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
+# TOKENS (512,2048,5000) are those of the prefill, ENTRIES (100,10000,100000) the sizes of the
+# growing store: 1,000,000 take 2 GB of memory and minutes. Nothing started here outlives it.
 . "$(dirname "$0")/../e2e/lib.sh"
 runs=${2:-5}
 lengths=${3:-512,2048,5000}
+entries=${4:-100,10000,100000}
+growing=
 peers=
 csv=$dir/rows.csv
 rows=2048
@@ -20,6 +24,7 @@ end_all() {
         wait "$peers"
     fi
     finish
+    [ -z "$growing" ] || rm -rf "$growing"
 }
 trap end_all EXIT
 
@@ -112,6 +117,19 @@ many_clients() {
     stop_daemon
 }
 
+# In memory where there is a directory for it: puts are durable, and a disk would be what is timed.
+many_entries() {
+    echo "growing a store to $entries entries" >&2
+    [ -w /dev/shm ] && growing=/dev/shm || growing=$dir
+    growing=$(mktemp -d "$growing/larder-growing.XXXXXX") || exit 1
+    for n in ${entries//,/ }; do
+        bench growth store_growth "$growing" "$n"
+        start_daemon --set "store=$growing" --set image_cache_bytes=0 || exit 1
+        bench growth client_growth "$n"
+        stop_daemon
+    done
+}
+
 started=$SECONDS
 tag=$(machine)
 echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
@@ -119,6 +137,7 @@ echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
 echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,$tag" >>"$csv"
 store_and_fetch
 many_clients
+many_entries
 python3 tests/bench/prefill_peers.py --build "$build" --model "$model" --runs "$runs" \
     --tokens "$lengths" --csv "$csv" &
 peers=$!
