@@ -185,7 +185,8 @@ int main(int argc, char **argv)
 {
     static struct growth g = {.seed = 20240229};
     uint32_t most = argc > 2 ? largest(argv + 2, argc - 2) : 0;
-    struct store_opts o = {argv[1], most * ENTRY_BYTES, true};
+    struct store_opts o = {
+        .dir = argv[1], .store_budget = most * ENTRY_BYTES, .allow_any_fs = true};
     struct larder_err e = {0, ""};
     int rc;
 

@@ -33,7 +33,8 @@ static int put_all(struct store *s, const char *name, double *us, struct larder_
 
 int main(int argc, char **argv)
 {
-    struct store_opts o = {argc == 3 ? argv[1] : NULL, BUDGET, true};
+    struct store_opts o = {
+        .dir = argc == 3 ? argv[1] : NULL, .store_budget = BUDGET, .allow_any_fs = true};
     uint64_t raw =
         4ull * shape.geom.n_layers * shape.geom.n_kv_heads * shape.rows * shape.geom.head_dim;
     struct larder_err e = {0, ""};

@@ -64,6 +64,7 @@ bench() {
             for (i = at["median_us"] + 1; i <= NF; i++) {
                 other = head[i]
                 unit = sub(/_per_s$/, "", other) ? "/s" : sub(/_kib$/, "", other) ? "KiB" : "us"
+                if (other == "ratio") unit = "x"
                 sub(/_us$/, "", other)
                 print stage, $1 " " other, of, $p, unit, "", $i, "", ""
             }
@@ -103,6 +104,7 @@ store_and_fetch() {
     start_daemon --set image_cache_bytes=0 || exit 1
     bench fetch client_fetch --fresh bench
     stop_daemon
+    bench codec store_codec "$dir/d/store" bench
     bench image ipc_image
     bench "step of a question" prefill_resume "$model" 2048 20
 }
