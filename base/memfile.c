@@ -62,18 +62,25 @@ static int seal(int fd, struct larder_err *e)
     return 0;
 }
 
-static int write_all(int fd, const uint8_t *p, uint64_t len, struct larder_err *e)
+int memfile_write(int fd, uint64_t at, const void *buf, uint64_t len, struct larder_err *e)
 {
-    for (uint64_t at = 0; at < len;) {
-        ssize_t n = pwrite(fd, p + at, len - at, (off_t)at);
+    const uint8_t *p = buf;
+
+    for (uint64_t done = 0; done < len;) {
+        ssize_t n = pwrite(fd, p + done, len - done, (off_t)(at + done));
 
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return no_room(e, "write", len);
-        at += (uint64_t)n;
+        done += (uint64_t)n;
     }
     return 0;
+}
+
+int memfile_cut(int fd, uint64_t n_bytes, struct larder_err *e)
+{
+    return ftruncate(fd, (off_t)n_bytes) ? no_room(e, "ftruncate", n_bytes) : 0;
 }
 
 int memfile_from(const char *label, const void *buf, uint64_t len, int *ret_fd,
@@ -83,7 +90,7 @@ int memfile_from(const char *label, const void *buf, uint64_t len, int *ret_fd,
     int rc = create(label, &fd, e);
 
     if (!rc)
-        rc = write_all(fd, buf, len, e);
+        rc = memfile_write(fd, 0, buf, len, e);
     if (!rc)
         rc = seal(fd, e);
     if (!rc) {
@@ -95,18 +102,38 @@ int memfile_from(const char *label, const void *buf, uint64_t len, int *ret_fd,
     return rc;
 }
 
+static int check_size_wanted(uint64_t n_bytes, struct larder_err *e)
+{
+    return n_bytes && n_bytes <= PTRDIFF_MAX
+               ? 0
+               : larder_fail(e, LARDER_EINVAL, "a memory file of %llu bytes",
+                             (unsigned long long)n_bytes);
+}
+
+int memfile_blank(const char *label, uint64_t n_bytes, int *ret_fd, struct larder_err *e)
+{
+    int fd = -1, rc = check_size_wanted(n_bytes, e);
+
+    if (!rc)
+        rc = create(label, &fd, e);
+    if (!rc && fallocate(fd, 0, 0, (off_t)n_bytes)) {
+        rc = no_room(e, "fallocate", n_bytes);
+        close(fd);
+    }
+    if (!rc)
+        *ret_fd = fd;
+    return rc;
+}
+
 int memfile_new(const char *label, uint64_t n_bytes, int populate, int *ret_fd, void **ret_map,
                 struct larder_err *e)
 {
     int flags = MAP_SHARED | (populate ? MAP_POPULATE : 0);
     void *map;
-    int fd = -1;
-    int rc;
+    int fd = -1, rc = check_size_wanted(n_bytes, e);
 
-    if (!n_bytes || n_bytes > PTRDIFF_MAX)
-        return larder_fail(e, LARDER_EINVAL, "a memory file of %llu bytes",
-                           (unsigned long long)n_bytes);
-    rc = create(label, &fd, e);
+    if (!rc)
+        rc = create(label, &fd, e);
     if (rc)
         return rc;
     if (ftruncate(fd, (off_t)n_bytes)) {
@@ -129,14 +156,15 @@ out:
 
 int memfile_seal(int fd, void *map, uint64_t n_bytes, uint64_t keep_bytes, struct larder_err *e)
 {
+    int rc;
+
     /* First of all: a file with a writable mapping cannot be sealed for writing. */
     memfile_unmap(map, n_bytes);
     if (keep_bytes > n_bytes)
         return larder_fail(e, LARDER_EINVAL, "keeping %llu of %llu bytes",
                            (unsigned long long)keep_bytes, (unsigned long long)n_bytes);
-    if (keep_bytes < n_bytes && ftruncate(fd, (off_t)keep_bytes))
-        return no_room(e, "ftruncate", keep_bytes);
-    return seal(fd, e);
+    rc = keep_bytes < n_bytes ? memfile_cut(fd, keep_bytes, e) : 0;
+    return rc ? rc : seal(fd, e);
 }
 
 static int check_seals(int fd, struct larder_err *e)

@@ -22,7 +22,14 @@ int memfile_from(const char *label, const void *buf, uint64_t len, int *ret_fd,
 int memfile_new(const char *label, uint64_t n_bytes, int populate, int *ret_fd, void **ret_map,
                 struct larder_err *e);
 
-/* Unmap (map, n_bytes), cut the file to keep_bytes, chmod 0400 and seal it. */
+/* An unsealed, zeroed file of n_bytes whose pages are there already. Written, not mapped: taking a
+ * mapping of many pages down again costs more than copying into them. */
+int memfile_blank(const char *label, uint64_t n_bytes, int *ret_fd, struct larder_err *e);
+int memfile_write(int fd, uint64_t at, const void *buf, uint64_t len, struct larder_err *e);
+int memfile_cut(int fd, uint64_t n_bytes, struct larder_err *e);
+
+/* Unmap (map, n_bytes; NULL where there is no mapping), cut the file to keep_bytes, chmod 0400 and
+ * seal it. */
 int memfile_seal(int fd, void *map, uint64_t n_bytes, uint64_t keep_bytes, struct larder_err *e);
 
 /* Check seals and size and map read-only. n_bytes UINT64_MAX: any size up to max_bytes. */

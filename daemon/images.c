@@ -19,6 +19,7 @@
 #define BUCKETS 4096u
 #define IMAGE_MAX_BYTES (1ull << 40)
 #define SMALL_SHARE 32u
+#define MAX_OLD 64u
 
 struct waiter {
     struct waiter *next;
@@ -38,26 +39,34 @@ struct image {
     json_t *entry; /* summary */
 };
 
-struct prepared {
-    int fd;
-    void *map;
-};
-
 struct images {
     struct image *bucket[BUCKETS];
     struct image *newest, *oldest;
     uint64_t n, bytes;
-    /* prepared files: under `lock` */
+    /* files, prepared and closed by a thread: under `lock` */
     pthread_mutex_t lock;
     pthread_cond_t used;
     pthread_t thread;
     bool running, stop;
-    struct prepared file[16];
-    uint32_t n_files, max_files;
+    int file[16], old[MAX_OLD]; /* ready to be filled; to be closed */
+    uint32_t n_files, max_files, n_old;
     uint64_t file_bytes;
 };
 
-/* ---- prepared files */
+/* ---- files
+ *
+ * Making and freeing pages takes longer than filling them, so neither is done where somebody
+ * waits. */
+
+/* With `lock`, which is let go meanwhile. */
+static void close_old(struct images *s)
+{
+    int fd = s->old[--s->n_old];
+
+    pthread_mutex_unlock(&s->lock);
+    close(fd);
+    pthread_mutex_lock(&s->lock);
+}
 
 static void *prepare(void *arg)
 {
@@ -65,45 +74,48 @@ static void *prepare(void *arg)
 
     pthread_mutex_lock(&s->lock);
     while (!s->stop) {
-        struct prepared p;
-        int rc;
+        int fd, rc;
 
+        if (s->n_old) {
+            close_old(s);
+            continue;
+        }
         if (s->n_files >= s->max_files) {
             pthread_cond_wait(&s->used, &s->lock);
             continue;
         }
         pthread_mutex_unlock(&s->lock);
-        rc = memfile_new("larder-image", s->file_bytes, 1, &p.fd, &p.map, NULL);
+        rc = memfile_blank("larder-image", s->file_bytes, &fd, NULL);
         pthread_mutex_lock(&s->lock);
         if (!rc)
-            s->file[s->n_files++] = p;
+            s->file[s->n_files++] = fd;
         else /* no memory now: try again when one is used */
             pthread_cond_wait(&s->used, &s->lock);
     }
+    while (s->n_old)
+        close_old(s);
     pthread_mutex_unlock(&s->lock);
     return NULL;
 }
 
-/* A mapped file of at least n bytes; *ret_mapped is what is mapped. A prepared one is not for
- * images so small that giving back and preparing the rest of it costs more than their own pages. */
-static int take_file(struct images *s, uint64_t n, int *ret_fd, void **ret_map,
-                     uint64_t *ret_mapped, struct larder_err *e)
+/* A file of at least n bytes; *ret_bytes is how many. A prepared one is not for images so small
+ * that giving back and preparing the rest of it costs more than their own pages. */
+static int take_file(struct images *s, uint64_t n, int *ret_fd, uint64_t *ret_bytes,
+                     struct larder_err *e)
 {
     bool found = false;
 
     pthread_mutex_lock(&s->lock);
     if (s->n_files && n <= s->file_bytes && n >= s->file_bytes / SMALL_SHARE) {
-        s->n_files--;
-        *ret_fd = s->file[s->n_files].fd;
-        *ret_map = s->file[s->n_files].map;
-        *ret_mapped = s->file_bytes;
+        *ret_fd = s->file[--s->n_files];
+        *ret_bytes = s->file_bytes;
         found = true;
     }
     pthread_mutex_unlock(&s->lock);
     if (found)
         return 0;
-    *ret_mapped = n;
-    return memfile_new("larder-image", n, 1, ret_fd, ret_map, e);
+    *ret_bytes = n;
+    return memfile_blank("larder-image", n, ret_fd, e);
 }
 
 /* Called when an image is done, so that preparing does not compete with filling. */
@@ -179,10 +191,24 @@ static struct image *add_image(struct images *s, const uint8_t key[32], enum kv_
     return im;
 }
 
-static void free_image(struct image *im)
+/* Its pages go once no client maps them; too many at once are waited for. */
+static void close_file(struct images *s, int fd)
+{
+    pthread_mutex_lock(&s->lock);
+    if (s->running && s->n_old < MAX_OLD) {
+        s->old[s->n_old++] = fd;
+        pthread_cond_signal(&s->used);
+        fd = -1;
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (fd >= 0)
+        close(fd);
+}
+
+static void free_image(struct images *s, struct image *im)
 {
     if (im->fd >= 0)
-        close(im->fd);
+        close_file(s, im->fd);
     json_decref(im->entry);
     mem_free(im);
 }
@@ -200,7 +226,7 @@ static void drop_image(struct images *s, struct image *im)
     s->bytes -= im->bytes;
     im->forgotten = true;
     if (!im->leases)
-        free_image(im);
+        free_image(s, im);
 }
 
 void image_lease(struct image *im)
@@ -224,7 +250,7 @@ void image_release(struct daemon *d, struct image *im)
 {
     im->leases--;
     if (im->forgotten && !im->leases)
-        free_image(im);
+        free_image(d->images, im);
     else
         shrink(d);
 }
@@ -252,11 +278,10 @@ void images_free(struct daemon *d)
         pthread_cond_signal(&s->used);
         pthread_mutex_unlock(&s->lock);
         pthread_join(s->thread, NULL);
+        s->running = false;
     }
-    for (uint32_t i = 0; i < s->n_files; i++) {
-        memfile_unmap(s->file[i].map, s->file_bytes);
-        close(s->file[i].fd);
-    }
+    for (uint32_t i = 0; i < s->n_files; i++)
+        close(s->file[i]);
     while (s->newest)
         drop_image(s, s->newest);
     pthread_mutex_destroy(&s->lock);
@@ -286,8 +311,7 @@ struct fill {
     struct image_plan *plan;
     struct store_target *target;
     int fd;
-    uint8_t *map;
-    uint64_t mapped;
+    uint64_t file_bytes;       /* of fd: at least the plan's */
     atomic_uint next, running; /* extents handed out; readers still at it */
     atomic_int rc;             /* first failure */
     pthread_mutex_t lock;      /* of e */
@@ -312,41 +336,59 @@ static void fill_fail(struct fill *f, int rc, const struct larder_err *e)
     }
 }
 
-/* Tokens, text, logits, positions: what is not rows. */
+static int put(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e)
+{
+    return memfile_write(((const struct fill *)arg)->fd, at, bytes, n, e);
+}
+
+/* Header and head table: what lies before the first array. */
+static int fill_head(struct fill *f, struct larder_err *e)
+{
+    uint8_t *head = mem_zalloc(f->plan->tokens_off, 1);
+    int rc = head ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for an image's header");
+
+    if (!rc) {
+        image_plan_write(f->plan, head);
+        rc = put(f, 0, head, f->plan->tokens_off, e);
+    }
+    mem_free(head);
+    return rc;
+}
+
+/* What is not rows; and what a prepared file has too much of goes. */
 static int fill_rest(struct fill *f, struct larder_err *e)
 {
     const struct store_info *in = store_entry_info(f->en);
     const struct image_plan *p = f->plan;
     uint32_t heads = in->geom.n_kv_heads;
-    int rc = store_entry_load(f->en, e);
+    int rc = p->n_bytes < f->file_bytes ? memfile_cut(f->fd, p->n_bytes, e) : 0;
 
-    if (rc)
-        return rc;
-    memcpy(f->map + p->tokens_off, in->ident.tokens, 4ull * in->n_ctx);
-    memcpy(f->map + p->text_off, in->text, in->text_len);
-    memcpy(f->map + p->logits_off, in->logits, 4ull * in->n_vocab);
-    for (uint32_t i = 0; i < in->geom.n_layers * heads; i++)
-        memcpy(f->map + p->slot[i].position_off, store_entry_positions(f->en, i / heads, i % heads),
-               4ull * p->slot[i].n_rows);
-    image_plan_write(p, f->map);
-    return 0;
+    if (!rc)
+        rc = store_entry_load(f->en, e);
+    if (!rc)
+        rc = fill_head(f, e);
+    if (!rc)
+        rc = put(f, p->tokens_off, in->ident.tokens, 4ull * in->n_ctx, e);
+    if (!rc)
+        rc = put(f, p->text_off, in->text, in->text_len, e);
+    if (!rc)
+        rc = put(f, p->logits_off, in->logits, 4ull * in->n_vocab, e);
+    for (uint32_t i = 0; !rc && i < in->geom.n_layers * heads; i++)
+        rc = put(f, p->slot[i].position_off, store_entry_positions(f->en, i / heads, i % heads),
+                 4ull * p->slot[i].n_rows, e);
+    return rc;
 }
 
-/* The last reader to leave unmaps and seals. */
+/* By the last reader to leave. */
 static void seal(struct fill *f)
 {
     struct larder_err e;
-    int rc;
+    int rc =
+        atomic_load(&f->rc) ? 0 : memfile_seal(f->fd, NULL, f->plan->n_bytes, f->plan->n_bytes, &e);
 
-    if (atomic_load(&f->rc)) {
-        memfile_unmap(f->map, f->mapped);
-        close(f->fd);
-        f->fd = -1;
-        return;
-    }
-    rc = memfile_seal(f->fd, f->map, f->mapped, f->plan->n_bytes, &e);
-    if (rc) {
+    if (rc)
         fill_fail(f, rc, &e);
+    if (atomic_load(&f->rc)) {
         close(f->fd);
         f->fd = -1;
     }
@@ -355,12 +397,12 @@ static void seal(struct fill *f)
 static void work(struct fill *f)
 {
     uint32_t n = store_entry_n_extents(f->en, f->rows);
+    const struct store_sink to = {put, f, f->target};
     struct larder_err e;
     unsigned i;
 
     while (!atomic_load(&f->rc) && (i = atomic_fetch_add(&f->next, 1)) <= n) {
-        int rc =
-            i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, f->rows, i - 1, f->target, &e);
+        int rc = i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, f->rows, i - 1, &to, &e);
 
         if (rc)
             fill_fail(f, rc, &e);
@@ -412,17 +454,14 @@ static int set_targets(struct fill *f, struct larder_err *e)
 {
     const struct image_plan *p = f->plan;
     uint32_t n = p->spec.geom.n_layers * p->spec.geom.n_kv_heads;
-    int rc;
 
     f->target = mem_alloc(n, sizeof *f->target);
     if (!f->target)
         return larder_fail(e, LARDER_ENOMEM, "no memory to decode an entry");
-    rc = take_file(f->d->images, p->n_bytes, &f->fd, (void **)&f->map, &f->mapped, e);
-    for (uint32_t i = 0; !rc && i < n; i++)
-        f->target[i] = (struct store_target){
-            f->map + p->slot[i].k_off, f->map + p->slot[i].v_off,
-            p->slot[i].bias_off ? (float *)(f->map + p->slot[i].bias_off) : NULL};
-    return rc;
+    for (uint32_t i = 0; i < n; i++)
+        f->target[i] =
+            (struct store_target){p->slot[i].k_off, p->slot[i].v_off, p->slot[i].bias_off};
+    return take_file(f->d->images, p->n_bytes, &f->fd, &f->file_bytes, e);
 }
 
 static void nothing(struct task *t)

@@ -30,6 +30,7 @@ struct codec {
     XXH3_state_t *hash;
     uint8_t *plane;  /* EXTENT_RAW_MAX: for CODEC_ZSTD; else exponents, then PLANE_MAX of scratch */
     uint8_t *stored; /* EXTENT_STORED_MAX */
+    uint8_t *buffer; /* EXTENT_RAW_MAX, for the caller */
     struct channels channels;
     struct tiers tiers;
 };
@@ -60,7 +61,15 @@ void codec_free(struct codec *c)
     XXH3_freeState(c->hash);
     mem_free(c->plane);
     mem_free(c->stored);
+    mem_free(c->buffer);
     mem_free(c);
+}
+
+uint8_t *codec_buffer(struct codec *c)
+{
+    if (!c->buffer)
+        c->buffer = mem_alloc(EXTENT_RAW_MAX, 1);
+    return c->buffer;
 }
 
 /* ---- encoding */

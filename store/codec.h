@@ -53,6 +53,9 @@ struct codec_piece {
     uint32_t len; /* even for bf16 codecs */
 };
 
+/* EXTENT_RAW_MAX bytes to decode into, kept with the codec; NULL when memory is out. */
+uint8_t *codec_buffer(struct codec *c);
+
 /* Decode into pieces, whose lengths add up to raw_len, and compare the hash. The bytes in
  * the pieces are only to be used when it returns 0. */
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,

@@ -1,8 +1,8 @@
 /* entry.c - reading an entry: manifest first, then extents in any order.
  *
  * The one idea: the row stream is one sequence of tiles, so an extent's place in it says
- * into which (layer, KV head) arrays its bytes go. Extents are decoded straight into the
- * caller's arrays, each in a short transaction of its own, by as many threads as ask. */
+ * into which (layer, KV head) arrays its bytes go. Extents are decoded into a buffer that stays in
+ * cache and put from there, each in a short transaction of its own, by as many threads as ask. */
 #include <string.h>
 
 #include "bytes.h"
@@ -12,6 +12,7 @@
 #include "size.h"
 #include "store_int.h"
 
+#define BIAS_BLOCK 1024u
 #define TILES_PER_HEAD 3 /* K, V, bias (which may be empty) */
 
 struct store_entry {
@@ -189,26 +190,22 @@ static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i,
     return rc == LARDER_EDAMAGED ? larder_fail_in(e, rc, "extent %u", i) : rc;
 }
 
-/* With a decoder and a transaction of its own; an entry deleted meanwhile is not damage. */
-static int decode_alone(const struct store_entry *en, uint32_t i, const struct codec_piece *piece,
-                        uint32_t n, struct larder_err *e)
+/* In a transaction of its own; an entry deleted meanwhile is not damage. */
+static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *c, uint8_t *dst,
+                        struct larder_err *e)
 {
-    struct codec *c = codec_take(en->s);
+    struct codec_piece piece = {dst, en->m.extent[i].raw_len};
     MDB_txn *txn;
     MDB_val v;
-    int rc;
+    int rc = txn_read(en->s, &txn, e);
 
-    if (!c)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
-    rc = txn_read(en->s, &txn, e);
-    if (!rc) {
-        rc = decode_extent(en, txn, i, c, piece, n, e);
-        if (rc == LARDER_EDAMAGED && db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN,
-                                            &v, NULL) == LARDER_ENOTFOUND)
-            rc = larder_fail(e, LARDER_ENOTFOUND, "the entry was removed while it was read");
-        mdb_txn_abort(txn);
-    }
-    codec_give(en->s, c);
+    if (rc)
+        return rc;
+    rc = decode_extent(en, txn, i, c, &piece, 1, e);
+    if (rc == LARDER_EDAMAGED &&
+        db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN, &v, NULL) == LARDER_ENOTFOUND)
+        rc = larder_fail(e, LARDER_ENOTFOUND, "the entry was removed while it was read");
+    mdb_txn_abort(txn);
     return rc;
 }
 
@@ -382,128 +379,180 @@ static uint32_t tile_at(const struct store_entry *en, uint64_t offset)
     return lo;
 }
 
-/* Bias tiles are stored as bf16 and wanted as f32, so each passes through a buffer. K and V of a
- * head are an even number of bytes together, so no bias lies across two extents. */
-struct bias_piece {
-    uint16_t *half;
-    float *dst;
-    uint32_t n;
-};
-
-/* An extent into the tiles that it holds parts of, as they are stored. */
-static int decode_tiles(const struct store_entry *en, uint32_t i,
-                        const struct store_target *targets, struct larder_err *e)
+int store_to_memory(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e)
 {
-    uint64_t at = (uint64_t)i * EXTENT_RAW_MAX, end = at + en->m.extent[i].raw_len;
-    uint32_t first = tile_at(en, at), last = tile_at(en, end - 1), n = 0, n_bias = 0;
-    struct codec_piece *piece = mem_alloc(last - first + 1ull, sizeof *piece);
-    struct bias_piece *bias = mem_alloc(last - first + 1ull, sizeof *bias);
-    uint16_t *half = en->m.info.has_bias ? mem_alloc(EXTENT_RAW_MAX, 1) : NULL, *free_half = half;
+    (void)arg;
+    (void)e;
+    memcpy((void *)(uintptr_t)at, bytes, n);
+    return 0;
+}
+
+/* Bias tiles are stored as bf16 and wanted as f32. K and V of a head are an even number of bytes
+ * together, so no bias lies across two extents. */
+static int put_bias(const struct store_sink *to, uint64_t at, const uint8_t *half, uint32_t n,
+                    struct larder_err *e)
+{
+    float wide[BIAS_BLOCK];
     int rc = 0;
 
-    if (!piece || !bias || (en->m.info.has_bias && !half))
-        rc = larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
-    for (uint32_t t = first; !rc && t <= last; t++) {
-        const struct store_target *to = &targets[t / TILES_PER_HEAD];
-        uint64_t from = at > en->tile[t] ? at - en->tile[t] : 0;
-        uint64_t till = (end < en->tile[t + 1] ? end : en->tile[t + 1]) - en->tile[t];
-        uint32_t len = (uint32_t)(till - from);
+    for (uint32_t i = 0; !rc && i < n; i += BIAS_BLOCK) {
+        uint32_t m = n - i < BIAS_BLOCK ? n - i : BIAS_BLOCK;
 
-        if (!len)
-            continue;
-        piece[n].len = len;
-        if (t % TILES_PER_HEAD < 2) {
-            piece[n].dst = (uint8_t *)(t % TILES_PER_HEAD ? to->v : to->k) + from;
-        } else {
-            bias[n_bias++] = (struct bias_piece){free_half, to->bias + from / 2, len / 2};
-            piece[n].dst = free_half;
-            free_half += len / 2;
-        }
-        n++;
+        for (uint32_t j = 0; j < m; j++, half += 2)
+            wide[j] = bf16_to_f32((uint16_t)(half[0] | half[1] << 8));
+        rc = to->put(to->arg, at + 4ull * i, wide, 4ull * m, e);
     }
-    if (!rc)
-        rc = decode_alone(en, i, piece, n, e);
-    for (uint32_t b = 0; !rc && b < n_bias; b++)
-        for (uint32_t j = 0; j < bias[b].n; j++)
-            bias[b].dst[j] = bf16_to_f32(bias[b].half[j]);
-    mem_free(piece);
-    mem_free(bias);
-    mem_free(half);
+    return rc;
+}
+
+/* The place of tile t. */
+static uint64_t place_of(const struct store_sink *to, uint32_t t)
+{
+    const struct store_target *at = &to->target[t / TILES_PER_HEAD];
+
+    return t % TILES_PER_HEAD == 0 ? at->k : t % TILES_PER_HEAD == 1 ? at->v : at->bias;
+}
+
+/* An extent's bytes to the tiles that it holds parts of, as they are stored. Tiles that are
+ * neighbours there too are put together. */
+static int put_tiles(const struct store_entry *en, uint32_t i, const uint8_t *bytes,
+                     const struct store_sink *to, struct larder_err *e)
+{
+    uint64_t begin = (uint64_t)i * EXTENT_RAW_MAX, end = begin + en->m.extent[i].raw_len;
+    uint64_t at = begin, start = begin, place = 0; /* [start, at) waits to be put at `place` */
+    int rc = 0;
+
+    for (uint32_t t = tile_at(en, begin); !rc && at < end; t++) {
+        uint64_t till = end < en->tile[t + 1] ? end : en->tile[t + 1];
+        uint64_t here = place_of(to, t) + (at - en->tile[t]);
+        bool bias = t % TILES_PER_HEAD == 2;
+
+        if (till == at)
+            continue;
+        if (at > start && (bias || here != place + (at - start))) {
+            rc = to->put(to->arg, place, bytes + (start - begin), at - start, e);
+            start = at;
+        }
+        if (bias && !rc) {
+            here = place_of(to, t) + 2 * (at - en->tile[t]);
+            rc = put_bias(to, here, bytes + (at - begin), (uint32_t)(till - at) / 2, e);
+            start = till;
+        } else if (start == at) {
+            place = here;
+        }
+        at = till;
+    }
+    if (!rc && at > start)
+        rc = to->put(to->arg, place, bytes + (start - begin), at - start, e);
     return rc;
 }
 
 /* Bytes [at, at + n) of the row stream; each extent that holds some is verified whole. */
-static int read_stream(const struct store_entry *en, uint64_t at, uint64_t n, uint8_t *out,
-                       struct larder_err *e)
+static int read_stream(const struct store_entry *en, uint64_t at, uint64_t n, struct codec *c,
+                       uint8_t *out, struct larder_err *e)
 {
-    uint8_t *buf = mem_alloc(EXTENT_RAW_MAX, 1);
-    int rc = buf ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
+    const uint8_t *bytes = codec_buffer(c);
+    int rc = 0;
 
     while (!rc && n) {
         uint32_t i = (uint32_t)(at / EXTENT_RAW_MAX), skip = (uint32_t)(at % EXTENT_RAW_MAX);
-        struct codec_piece piece = {buf, en->m.extent[i].raw_len};
-        uint64_t take = piece.len - skip < n ? piece.len - skip : n;
+        uint64_t left = en->m.extent[i].raw_len - skip, take = left < n ? left : n;
 
-        rc = decode_alone(en, i, &piece, 1, e);
+        rc = decode_alone(en, i, c, codec_buffer(c), e);
         if (!rc)
-            memcpy(out, buf + skip, take);
+            memcpy(out, bytes + skip, take);
         out += take;
         at += take;
         n -= take;
     }
-    mem_free(buf);
+    return rc;
+}
+
+/* A head of a packed layer as bf16. `bytes` begin at offset `at` of the row stream; `wide` holds
+ * the rows of a tile. */
+static int put_expanded(const struct store_entry *en, uint32_t g, const uint8_t *bytes, uint64_t at,
+                        uint16_t *wide, const struct store_sink *to, struct larder_err *e)
+{
+    const struct store_info *in = &en->m.info;
+    const uint64_t *t = en->tile + (uint64_t)g * TILES_PER_HEAD;
+    uint32_t rows = in->rows[g], d = in->geom.head_dim;
+    uint64_t n = 2ull * rows * d;
+    int rc;
+
+    packed_expand_k(in->precision, bytes + (t[0] - at), rows, d, wide);
+    rc = to->put(to->arg, to->target[g].k, wide, n, e);
+    if (!rc) {
+        packed_expand_v(in->precision, bytes + (t[1] - at), rows, d, wide);
+        rc = to->put(to->arg, to->target[g].v, wide, n, e);
+    }
+    if (!rc && in->has_bias)
+        rc = put_bias(to, to->target[g].bias, bytes + (t[2] - at), rows, e);
     return rc;
 }
 
 /* A packed layer as bf16: fetch its bytes, expand each tile. */
-static int decode_expanded(const struct store_entry *en, uint32_t layer,
-                           const struct store_target *targets, struct larder_err *e)
+static int decode_expanded(const struct store_entry *en, uint32_t layer, struct codec *c,
+                           const struct store_sink *to, struct larder_err *e)
 {
     const struct store_info *in = &en->m.info;
-    uint32_t first = layer * in->geom.n_kv_heads, d = in->geom.head_dim;
-    uint64_t at = en->tile[first * TILES_PER_HEAD];
-    uint64_t n = en->tile[(first + in->geom.n_kv_heads) * TILES_PER_HEAD] - at;
+    uint32_t first = layer * in->geom.n_kv_heads, end = first + in->geom.n_kv_heads, most = 0;
+    uint64_t at = en->tile[first * TILES_PER_HEAD], n = en->tile[end * TILES_PER_HEAD] - at;
     uint8_t *bytes = mem_alloc(n, 1);
-    int rc = bytes ? read_stream(en, at, n, bytes, e)
-                   : larder_fail(e, LARDER_ENOMEM, "no memory to decode a layer");
+    uint16_t *wide;
+    int rc;
 
-    for (uint32_t g = first; !rc && g < first + in->geom.n_kv_heads; g++) {
-        const uint64_t *t = en->tile + (uint64_t)g * TILES_PER_HEAD;
-        const uint8_t *half = bytes + (t[2] - at);
-
-        packed_expand_k(in->precision, bytes + (t[0] - at), in->rows[g], d, targets[g].k);
-        packed_expand_v(in->precision, bytes + (t[1] - at), in->rows[g], d, targets[g].v);
-        for (uint32_t j = 0; in->has_bias && j < in->rows[g]; j++)
-            targets[g].bias[j] = bf16_to_f32((uint16_t)(half[2 * j] | half[2 * j + 1] << 8));
-    }
+    for (uint32_t g = first; g < end; g++)
+        most = in->rows[g] > most ? in->rows[g] : most;
+    wide = mem_alloc((uint64_t)most * in->geom.head_dim, sizeof *wide);
+    rc = bytes && wide ? read_stream(en, at, n, c, bytes, e)
+                       : larder_fail(e, LARDER_ENOMEM, "no memory to decode a layer");
+    for (uint32_t g = first; !rc && g < end; g++)
+        rc = put_expanded(en, g, bytes, at, wide, to, e);
     mem_free(bytes);
+    mem_free(wide);
     return rc;
 }
 
 int store_entry_decode(const struct store_entry *en, enum kv_dtype as, uint32_t i,
-                       const struct store_target *targets, struct larder_err *e)
+                       const struct store_sink *to, struct larder_err *e)
 {
+    struct codec *c;
+    int rc = 0;
+
     if (as != en->m.info.precision && as != KV_BF16)
         return larder_fail(e, LARDER_EINVAL, "rows are read as they are stored or as bf16");
     if (i >= store_entry_n_extents(en, as))
         return larder_fail(e, LARDER_EINVAL, "extent %u of %u", i, store_entry_n_extents(en, as));
-    return as == en->m.info.precision ? decode_tiles(en, i, targets, e)
-                                      : decode_expanded(en, i, targets, e);
+    c = codec_take(en->s);
+    if (!c || !codec_buffer(c))
+        rc = larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
+    else if (as != en->m.info.precision)
+        rc = decode_expanded(en, i, c, to, e);
+    else
+        rc = decode_alone(en, i, c, codec_buffer(c), e);
+    if (!rc && as == en->m.info.precision)
+        rc = put_tiles(en, i, codec_buffer(c), to, e);
+    if (c)
+        codec_give(en->s, c);
+    return rc;
 }
 
 int store_verify(struct store *s, const uint8_t key[STORE_KEY_LEN], uint64_t *ret_bytes,
                  struct larder_err *e)
 {
     struct store_entry *en;
+    struct codec *c;
     int rc = store_entry_open(s, key, &en, e);
 
     if (rc)
         return rc;
-    for (uint32_t i = 0; !rc && i < en->m.n_extents; i++) {
-        struct codec_piece piece = {NULL, en->m.extent[i].raw_len};
-
-        rc = decode_alone(en, i, &piece, 1, e);
-    }
+    c = codec_take(s);
+    if (!c)
+        rc = larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
+    for (uint32_t i = 0; !rc && i < en->m.n_extents; i++)
+        rc = decode_alone(en, i, c, NULL, e);
+    if (c)
+        codec_give(s, c);
     if (!rc)
         rc = store_entry_load(en, e);
     if (!rc)

@@ -102,13 +102,13 @@ static void load(struct bench *b, const char *dir, const char *name)
     for (uint32_t i = 0; i < heads; i++) {
         uint64_t n = 2ull * in->rows[i] * d;
 
-        t[i] = (struct store_target){.k = b->raw + at, .v = b->raw + at + n};
+        t[i] = (struct store_target){.k = (uintptr_t)b->raw + at, .v = (uintptr_t)b->raw + at + n};
         note_tile(b, at, n, d);
         note_tile(b, at + n, n, d);
         at += 2 * n;
     }
     for (uint32_t i = 0; i < store_entry_n_extents(en, KV_BF16); i++)
-        if (store_entry_decode(en, KV_BF16, i, t, &e))
+        if (store_entry_decode(en, KV_BF16, i, &(struct store_sink){store_to_memory, NULL, t}, &e))
             die(e.msg);
     mem_free(t);
     store_entry_close(en);

@@ -165,19 +165,22 @@ static inline int synthetic_compare_rows(struct store_entry *en, const struct sy
                                          enum kv_dtype as, struct larder_err *e)
 {
     struct store_target t[LAYERS * HEADS];
+    struct store_sink to = {store_to_memory, NULL, t};
+    void *k[LAYERS * HEADS], *v[LAYERS * HEADS], *bias[LAYERS * HEADS];
     uint32_t d = y->geom.head_dim;
     int rc = 0;
 
     for (int i = 0; i < LAYERS * HEADS; i++) {
         uint32_t n = y->rows[i / HEADS][i % HEADS];
 
-        t[i].k = must(mem_zalloc(tile_bytes_k(as, n, d), 1));
-        t[i].v = must(mem_zalloc(tile_bytes_v(as, n, d), 1));
-        t[i].bias = must(mem_zalloc(n, 4));
-        memset(t[i].bias, 0xff, 4ull * n);
+        k[i] = must(mem_zalloc(tile_bytes_k(as, n, d), 1));
+        v[i] = must(mem_zalloc(tile_bytes_v(as, n, d), 1));
+        bias[i] = must(mem_zalloc(n, 4));
+        memset(bias[i], 0xff, 4ull * n);
+        t[i] = (struct store_target){(uintptr_t)k[i], (uintptr_t)v[i], (uintptr_t)bias[i]};
     }
     for (uint32_t i = 0; !rc && i < store_entry_n_extents(en, as); i++)
-        rc = store_entry_decode(en, as, i, t, e);
+        rc = store_entry_decode(en, as, i, &to, e);
     for (int i = 0; i < LAYERS * HEADS; i++) {
         int l = i / HEADS, h = i % HEADS;
         uint32_t n = y->rows[l][h];
@@ -186,16 +189,16 @@ static inline int synthetic_compare_rows(struct store_entry *en, const struct sy
             bool wide = as != y->precision || as == KV_BF16;
 
             assert_int_equal(store_entry_info(en)->rows[i], n);
-            assert_memory_equal(t[i].k, wide ? (void *)y->want_k[l][h] : y->k[l][h],
+            assert_memory_equal(k[i], wide ? (void *)y->want_k[l][h] : y->k[l][h],
                                 tile_bytes_k(as, n, d));
-            assert_memory_equal(t[i].v, wide ? (void *)y->want_v[l][h] : y->v[l][h],
+            assert_memory_equal(v[i], wide ? (void *)y->want_v[l][h] : y->v[l][h],
                                 tile_bytes_v(as, n, d));
             if (y->has_bias)
-                assert_memory_equal(t[i].bias, y->bias[l][h], 4ull * n);
+                assert_memory_equal(bias[i], y->bias[l][h], 4ull * n);
         }
-        mem_free(t[i].k);
-        mem_free(t[i].v);
-        mem_free(t[i].bias);
+        mem_free(k[i]);
+        mem_free(v[i]);
+        mem_free(bias[i]);
     }
     return rc;
 }

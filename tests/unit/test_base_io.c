@@ -279,6 +279,31 @@ static void a_filled_file_is_cut_and_sealed(void **state)
     close(fd);
 }
 
+static void a_blank_file_is_written_in_any_order(void **state)
+{
+    const void *map = NULL;
+    struct stat st;
+    int fd = -1;
+
+    (void)state;
+    assert_int_equal(memfile_blank("t", 4 * 4096, &fd, NULL), 0);
+    assert_int_equal(fstat(fd, &st), 0);
+    assert_int_equal(st.st_size, 4 * 4096);
+    assert_true(st.st_blocks >= 4 * 8); /* its pages are there */
+    assert_int_equal(memfile_write(fd, 4095, "xy", 2, NULL), 0);
+    assert_int_equal(memfile_cut(fd, 2 * 4096, NULL), 0);
+    assert_int_equal(memfile_write(fd, 0, "a", 1, NULL), 0);
+    assert_int_equal(memfile_seal(fd, NULL, 2 * 4096, 2 * 4096, NULL), 0);
+    assert_int_equal(memfile_map(fd, 2 * 4096, 1 << 20, &map, NULL, NULL), 0);
+    assert_memory_equal(map, "a\0", 2);
+    assert_memory_equal((const char *)map + 4094, "\0xy\0", 4);
+    memfile_unmap(map, 2 * 4096);
+    assert_int_not_equal(memfile_write(fd, 0, "b", 1, NULL), 0);
+    close(fd);
+    assert_int_equal(memfile_blank("t", 0, &fd, NULL), LARDER_EINVAL);
+    assert_int_equal(memfile_blank("t", UINT64_MAX, &fd, NULL), LARDER_EINVAL);
+}
+
 static void a_wrong_size_is_refused(void **state)
 {
     const void *map = NULL;
@@ -366,6 +391,7 @@ int main(void)
         cmocka_unit_test(a_memory_file_is_sealed_private_and_readable),
         cmocka_unit_test(an_empty_memory_file_maps_to_nothing),
         cmocka_unit_test(a_filled_file_is_cut_and_sealed),
+        cmocka_unit_test(a_blank_file_is_written_in_any_order),
         cmocka_unit_test(a_wrong_size_is_refused),
         cmocka_unit_test(a_missing_seal_is_refused),
         cmocka_unit_test(other_kinds_of_descriptor_are_refused),
