@@ -1,4 +1,8 @@
-/* pool.c - a mutex, two conditions and a counter of items handed out. */
+/* pool.c - a mutex, two conditions and a counter of items handed out.
+ *
+ * The one idea: a thread joins a round when it wakes, and whoever started the round waits for
+ * those alone that have joined. A round of a few microseconds, of which a decoder has
+ * many, then does not wait for a processor that somebody else has. */
 #include "pool.h"
 
 #include <errno.h>
@@ -14,7 +18,8 @@ struct thread_pool {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     uint64_t round; /* which pool_for() this is */
-    uint32_t busy;  /* threads still in it */
+    uint32_t busy;  /* threads that have joined it and are not done */
+    bool open;      /* threads may join it */
     bool stop;
     pool_item_fn *fn;
     void *arg;
@@ -45,11 +50,12 @@ static void *member_run(void *arg)
     omp_set_num_threads(1); /* library calls inside an item stay on this thread */
     pthread_mutex_lock(&p->lock);
     for (;;) {
-        while (p->round == seen && !p->stop)
+        while ((p->round == seen || !p->open) && !p->stop)
             pthread_cond_wait(&p->start, &p->lock);
         if (p->stop)
             break;
         seen = p->round;
+        p->busy++;
         pthread_mutex_unlock(&p->lock);
         work(p, m->worker);
         pthread_mutex_lock(&p->lock);
@@ -113,12 +119,13 @@ void pool_for(struct thread_pool *p, uint32_t n, pool_item_fn *fn, void *arg)
     p->arg = arg;
     p->n_items = n;
     atomic_store(&p->next, 0);
-    p->busy = p->n_started;
+    p->open = true;
     p->round++;
     pthread_cond_broadcast(&p->start);
     pthread_mutex_unlock(&p->lock);
     work(p, 0);
     pthread_mutex_lock(&p->lock);
+    p->open = false;
     while (p->busy)
         pthread_cond_wait(&p->done, &p->lock);
     pthread_mutex_unlock(&p->lock);
