@@ -68,8 +68,10 @@ struct backend_ops {
                 struct larder_err *e);
     void (*close)(struct backend *b);
 
-    /* Weights of one layer, dequantised and packed. */
-    int (*layer_load)(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e);
+    /* Weights of one layer: dequantised and packed for one pass, or in the form that suits who
+     * keeps all layers and multiplies a row at a time (`kept`). */
+    int (*layer_load)(struct backend *b, uint32_t layer, bool kept, struct layer **ret,
+                      struct larder_err *e);
     void (*layer_free)(struct backend *b, struct layer *l);
 
     /* q, k, v = RoPE(W · rmsnorm(hidden)); pos[n] are the rotation positions. Rows are

@@ -16,19 +16,12 @@
 #include "mem.h"
 
 #define MAX_THREADS 256u
-#define LOAD_ROWS 64u    /* weight rows an item dequantises */
-#define HEAD_SLICE 4096u /* rows of the output matrix per slice */
-#define MANY_LOGITS 4u   /* rows of logits from which packing the matrix pays */
 
-/* `struct layer` and `struct head` of this backend; ref has its own. */
+/* `struct layer` of this backend; ref has its own. The matrices for a pass, or kept ones. */
 struct cpu_layer {
     float *attn_norm, *ffn_norm;
     struct cpu_matrix qkv, o, gate_up, down;
-};
-
-struct cpu_head {
-    float *norm;
-    void *rows; /* [n_vocab][n_hidden], element type */
+    struct cpu_kept *kept;
 };
 
 static const struct cpu_layer *layer_of(const struct layer *l)
@@ -42,55 +35,6 @@ static uint32_t elem_bytes(const struct backend *b)
 }
 
 /* ---- loading */
-
-struct slice {
-    enum model_weight which;
-    uint32_t row, n;
-    uint64_t to; /* row of the plain buffer */
-    uint8_t *plain;
-};
-
-struct load {
-    struct backend *b;
-    uint32_t layer;
-    struct slice *slice;
-    atomic_int rc;
-    struct larder_err e; /* of the first failure */
-};
-
-static void load_item(void *arg, uint32_t item, uint32_t worker)
-{
-    struct load *w = arg;
-    const struct slice *s = &w->slice[item];
-    const struct model *m = w->b->model;
-    uint32_t rows, cols;
-    struct larder_err e;
-    int rc, none = 0;
-
-    (void)worker;
-    model_weight_shape(m, s->which, &rows, &cols);
-    if (w->b->elem == KV_BF16)
-        rc = model_read_bf16(m, w->layer, s->which, s->row, s->n,
-                             (uint16_t *)s->plain + s->to * cols, &e);
-    else
-        rc = model_read_f32(m, w->layer, s->which, s->row, s->n, (float *)s->plain + s->to * cols,
-                            &e);
-    if (rc && atomic_compare_exchange_strong(&w->rc, &none, rc))
-        w->e = e;
-}
-
-/* Cut a weight into slices; returns how many there are now. */
-static uint32_t add_slices(const struct model *m, enum model_weight which, uint64_t to,
-                           uint8_t *plain, struct slice *s, uint32_t n)
-{
-    uint32_t rows, cols;
-
-    model_weight_shape(m, which, &rows, &cols);
-    for (uint32_t r = 0; r < rows; r += LOAD_ROWS)
-        s[n++] =
-            (struct slice){which, r, rows - r < LOAD_ROWS ? rows - r : LOAD_ROWS, to + r, plain};
-    return n;
-}
 
 /* The four matrices of a layer, in the order of their plain buffers. */
 struct parts {
@@ -125,39 +69,25 @@ static void set_shapes(const struct model_params *p, struct cpu_layer *l)
 static int read_matrices(struct backend *b, uint32_t layer, struct parts *x, struct larder_err *e)
 {
     const struct model_params *p = b->p;
-    uint32_t q = p->geom.n_heads * p->geom.head_dim, kv = p->geom.n_kv_heads * p->geom.head_dim,
-             n = 0;
-    uint64_t rows = (uint64_t)q + 2 * kv + 2ull * p->n_hidden + 2ull * p->n_ff;
-    struct load w = {.b = b, .layer = layer};
+    uint32_t q = p->geom.n_heads * p->geom.head_dim, kv = p->geom.n_kv_heads * p->geom.head_dim;
+    uint64_t row = (uint64_t)p->n_hidden * elem_bytes(b);
 
-    w.slice = mem_alloc(rows / LOAD_ROWS + 8, sizeof *w.slice);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
         x->plain[i] = mem_aligned((uint64_t)x->w[i]->n_in * x->w[i]->n_out, elem_bytes(b));
-    if (!w.slice || !x->plain[0] || !x->plain[1] || !x->plain[2] || !x->plain[3]) {
-        mem_free(w.slice);
-        return larder_fail(e, LARDER_ENOMEM, "no memory for the weights of layer %u", layer);
+        if (!x->plain[i])
+            return larder_fail(e, LARDER_ENOMEM, "no memory for the weights of layer %u", layer);
     }
-    n = add_slices(b->model, MODEL_Q, 0, x->plain[0], w.slice, n);
-    n = add_slices(b->model, MODEL_K, q, x->plain[0], w.slice, n);
-    n = add_slices(b->model, MODEL_V, q + kv, x->plain[0], w.slice, n);
-    n = add_slices(b->model, MODEL_O, 0, x->plain[1], w.slice, n);
-    n = add_slices(b->model, MODEL_GATE, 0, x->plain[2], w.slice, n);
-    n = add_slices(b->model, MODEL_UP, p->n_ff, x->plain[2], w.slice, n);
-    n = add_slices(b->model, MODEL_DOWN, 0, x->plain[3], w.slice, n);
-    pool_for(cpu_of(b)->pool, n, load_item, &w);
-    mem_free(w.slice);
-    if (w.rc)
-        *e = w.e;
-    return w.rc;
-}
-
-static int read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret,
-                     struct larder_err *e)
-{
-    *ret = mem_alloc(b->p->n_hidden, sizeof **ret);
-    if (!*ret)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for the weights of layer %u", layer);
-    return model_read_f32(b->model, layer, which, 0, 1, *ret, e);
+    return cpu_read(cpu_of(b), layer,
+                    (const struct cpu_part[]){
+                        {.which = MODEL_Q, .n = q, .to = x->plain[0]},
+                        {.which = MODEL_K, .n = kv, .to = x->plain[0] + q * row},
+                        {.which = MODEL_V, .n = kv, .to = x->plain[0] + (q + kv) * row},
+                        {.which = MODEL_O, .n = p->n_hidden, .to = x->plain[1]},
+                        {.which = MODEL_GATE, .n = p->n_ff, .to = x->plain[2]},
+                        {.which = MODEL_UP, .n = p->n_ff, .to = x->plain[2] + p->n_ff * row},
+                        {.which = MODEL_DOWN, .n = p->n_hidden, .to = x->plain[3]},
+                    },
+                    7, e);
 }
 
 static void cpu_layer_free(struct backend *b, struct layer *layer)
@@ -171,41 +101,45 @@ static void cpu_layer_free(struct backend *b, struct layer *layer)
     cpu_matrix_done(&l->o);
     cpu_matrix_done(&l->gate_up);
     cpu_matrix_done(&l->down);
+    cpu_kept_free(l->kept);
     mem_free(l->attn_norm);
     mem_free(l->ffn_norm);
     mem_free(l);
 }
 
-static int cpu_layer_load(struct backend *b, uint32_t layer, struct layer **ret,
-                          struct larder_err *e)
+static int load_packed(struct backend *b, uint32_t layer, struct cpu_layer *l, struct larder_err *e)
 {
-    struct cpu_layer *l = mem_zalloc(1, sizeof *l);
-    struct parts x = {.b = cpu_of(b)};
-    struct larder_err local;
-    int rc;
+    struct parts x = {.b = cpu_of(b), .w = {&l->qkv, &l->o, &l->gate_up, &l->down}};
+    int rc = read_matrices(b, layer, &x, e);
 
-    if (!e)
-        e = &local;
-    if (!l)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for the weights of layer %u", layer);
-    set_shapes(b->p, l);
-    x.w[0] = &l->qkv;
-    x.w[1] = &l->o;
-    x.w[2] = &l->gate_up;
-    x.w[3] = &l->down;
-    rc = read_matrices(b, layer, &x, e);
     if (!rc) {
         pool_for(x.b->pool, 4, pack_item, &x);
         rc = x.rc;
-        if (rc)
+        if (rc && e)
             *e = x.e;
     }
     for (int i = 0; i < 4; i++)
         mem_free(x.plain[i]);
+    return rc;
+}
+
+/* Products of a few rows are bound by reading the weights; only where oneDNN multiplies bf16
+ * are they packed for those too. */
+static int cpu_layer_load(struct backend *b, uint32_t layer, bool kept, struct layer **ret,
+                          struct larder_err *e)
+{
+    struct cpu_layer *l = mem_zalloc(1, sizeof *l);
+    int rc;
+
+    if (!l)
+        return larder_fail(e, LARDER_ENOMEM, "no memory for the weights of layer %u", layer);
+    set_shapes(b->p, l);
+    rc = kept && b->elem == KV_F32 ? cpu_kept_load(cpu_of(b), layer, &l->kept, e)
+                                   : load_packed(b, layer, l, e);
     if (!rc)
-        rc = read_norm(b, layer, MODEL_ATTN_NORM, &l->attn_norm, e);
+        rc = cpu_read_norm(b, layer, MODEL_ATTN_NORM, &l->attn_norm, e);
     if (!rc)
-        rc = read_norm(b, layer, MODEL_FFN_NORM, &l->ffn_norm, e);
+        rc = cpu_read_norm(b, layer, MODEL_FFN_NORM, &l->ffn_norm, e);
     if (rc) {
         cpu_layer_free(b, (struct layer *)(void *)l);
         return rc;
@@ -339,6 +273,34 @@ static void qkv_item(void *arg, uint32_t item, uint32_t worker)
         scatter(w, row + i, y + (uint64_t)i * w->l->qkv.n_out, buf);
 }
 
+static void scatter_item(void *arg, uint32_t item, uint32_t worker)
+{
+    const struct work *w = arg;
+    uint32_t end = (item + 1) * CPU_ROWS < w->n ? (item + 1) * CPU_ROWS : w->n;
+    uint64_t wide = w->l->qkv.n_out;
+    float buf[KV_MAX_HEAD_DIM];
+
+    (void)worker;
+    for (uint32_t i = item * CPU_ROWS; i < end; i++)
+        scatter(w, i, (const float *)(const void *)w->scratch + i * wide, buf);
+}
+
+static int qkv_kept(struct work *w, struct larder_err *e)
+{
+    uint32_t n_out = w->l->qkv.n_out;
+    int rc;
+
+    w->scratch = mem_aligned((uint64_t)w->n * n_out, sizeof(float));
+    if (!w->scratch)
+        return larder_fail(e, LARDER_ENOMEM, "no memory for %u rows", w->n);
+    rc = cpu_kept_qkv(w->b, w->l->kept, w->l->attn_norm, w->in, w->n, (float *)(void *)w->scratch,
+                      e);
+    if (!rc)
+        pool_for(w->b->pool, (w->n + CPU_ROWS - 1) / CPU_ROWS, scatter_item, w);
+    mem_free(w->scratch);
+    return rc;
+}
+
 /* Products for blocks of CPU_ROWS and for the rest; scratch for all of them. */
 static int plan(struct work *w, const struct cpu_matrix *const *m, const bool *add, int n_products,
                 struct larder_err *e)
@@ -385,6 +347,8 @@ static int cpu_qkv(struct backend *b, const struct layer *layer, const float *hi
     uint32_t block = n < CPU_ROWS ? n : CPU_ROWS;
     int rc = make_tables(w.b, pos, n, e);
 
+    if (!rc && w.l->kept)
+        return qkv_kept(&w, e);
     w.x_bytes = ((uint64_t)block * b->p->n_hidden * elem_bytes(b) + 63) & ~63ull;
     w.y_bytes = ((uint64_t)block * w.l->qkv.n_out * sizeof(float) + 63) & ~63ull;
     if (!rc)
@@ -434,6 +398,8 @@ static int cpu_finish(struct backend *b, const struct layer *layer, float *hidde
     uint32_t wide = b->p->n_ff > b->p->n_hidden ? b->p->n_ff : b->p->n_hidden;
     int rc;
 
+    if (w.l->kept)
+        return cpu_kept_finish(w.b, w.l->kept, w.l->ffn_norm, hidden, o, n, e);
     w.x_bytes = ((uint64_t)block * wide * elem_bytes(b) + 63) & ~63ull;
     w.y_bytes = ((uint64_t)block * 2 * b->p->n_ff * sizeof(float) + 63) & ~63ull;
     rc = plan(&w, m, (const bool[]){true, false, true}, 3, e);
@@ -499,153 +465,6 @@ static int cpu_attend(struct backend *b, const struct attend *a, struct larder_e
     return x.packed && x.scratch
                ? 0
                : larder_fail(e, LARDER_ENOMEM, "no memory for attention over %u tokens", a->n);
-}
-
-/* ---- output */
-
-static void cpu_head_free(struct backend *b, struct head *head)
-{
-    struct cpu_head *h = (struct cpu_head *)(void *)head;
-
-    (void)b;
-    if (!h)
-        return;
-    mem_free(h->norm);
-    mem_free(h->rows);
-    mem_free(h);
-}
-
-/* Rows of the output matrix, read in parallel. */
-static int read_head(struct backend *b, uint32_t row, uint32_t n, void *to, struct larder_err *e)
-{
-    struct load w = {.b = b};
-    uint32_t n_slices = 0;
-
-    w.slice = mem_alloc(n / LOAD_ROWS + 1, sizeof *w.slice);
-    if (!w.slice)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for the output matrix");
-    for (uint32_t r = 0; r < n; r += LOAD_ROWS)
-        w.slice[n_slices++] =
-            (struct slice){MODEL_HEAD, row + r, n - r < LOAD_ROWS ? n - r : LOAD_ROWS, r, to};
-    pool_for(cpu_of(b)->pool, n_slices, load_item, &w);
-    mem_free(w.slice);
-    if (w.rc && e)
-        *e = w.e;
-    return w.rc;
-}
-
-static int cpu_head_load(struct backend *b, struct head **ret, struct larder_err *e)
-{
-    struct cpu_head *h = mem_zalloc(1, sizeof *h);
-    int rc;
-
-    if (h)
-        h->rows = mem_aligned((uint64_t)b->p->n_vocab * b->p->n_hidden, elem_bytes(b));
-    if (!h || !h->rows) {
-        mem_free(h);
-        return larder_fail(e, LARDER_ENOMEM, "no memory for the output matrix");
-    }
-    rc = read_norm(b, 0, MODEL_OUT_NORM, &h->norm, e);
-    if (!rc)
-        rc = read_head(b, 0, b->p->n_vocab, h->rows, e);
-    if (rc) {
-        cpu_head_free(b, (struct head *)(void *)h);
-        return rc;
-    }
-    *ret = (struct head *)(void *)h;
-    return 0;
-}
-
-struct output {
-    struct backend *b;
-    const void *rows; /* n_rows of the matrix from `first` on */
-    uint32_t first, n_rows, n;
-    const float *x; /* [n][n_hidden], normalised */
-    float *out;
-    float *panel; /* [n_threads][LOAD_ROWS * n_hidden]; NULL: few rows, one dot product each */
-};
-
-/* Many rows: LOAD_ROWS of the matrix into panels, once for all of them. */
-static void multiply_rows(const struct output *o, uint32_t row, uint32_t n, float *panel)
-{
-    uint32_t n_hidden = o->b->p->n_hidden;
-
-    for (uint32_t r = 0; r < n; r++) {
-        uint64_t at = (uint64_t)(row + r) * n_hidden;
-        float *to = panel + (uint64_t)(r / MUL_WIDE) * n_hidden * MUL_WIDE + r % MUL_WIDE;
-
-        for (uint32_t k = 0; k < n_hidden; k++)
-            to[(uint64_t)k * MUL_WIDE] = o->b->elem == KV_F32
-                                             ? ((const float *)o->rows)[at + k]
-                                             : bf16_to_f32(((const uint16_t *)o->rows)[at + k]);
-    }
-    cpu_of(o->b)->mul(&(struct mul){.a = o->x,
-                                    .a_row = n_hidden,
-                                    .a_k = 1,
-                                    .a_panel = MUL_WIDE * n_hidden,
-                                    .b = panel,
-                                    .b_k = MUL_WIDE,
-                                    .b_panel = MUL_WIDE * (uint64_t)n_hidden,
-                                    .c = o->out + o->first + row,
-                                    .c_row = o->b->p->n_vocab,
-                                    .c_panel = MUL_WIDE,
-                                    .m = o->n,
-                                    .n = n,
-                                    .k = n_hidden});
-}
-
-static void output_item(void *arg, uint32_t item, uint32_t worker)
-{
-    const struct output *o = arg;
-    uint32_t n_hidden = o->b->p->n_hidden;
-    uint32_t end = (item + 1) * LOAD_ROWS < o->n_rows ? (item + 1) * LOAD_ROWS : o->n_rows;
-
-    if (o->panel) {
-        multiply_rows(o, item * LOAD_ROWS, end - item * LOAD_ROWS,
-                      o->panel + (uint64_t)worker * LOAD_ROWS * n_hidden);
-        return;
-    }
-    for (uint32_t r = item * LOAD_ROWS; r < end; r++)
-        for (uint64_t i = 0; i < o->n; i++)
-            o->out[i * o->b->p->n_vocab + o->first + r] =
-                cpu_dot(o->rows, o->b->elem, (uint64_t)r * n_hidden, o->x + i * n_hidden, n_hidden);
-}
-
-static int cpu_logits(struct backend *b, const struct head *head, const float *hidden, uint32_t n,
-                      float *out, struct larder_err *e)
-{
-    const struct cpu_head *h = (const struct cpu_head *)(const void *)head;
-    const struct model_params *p = b->p;
-    float *x = mem_aligned((uint64_t)n * p->n_hidden, sizeof *x), *norm = NULL;
-    uint32_t step = h ? p->n_vocab : HEAD_SLICE;
-    void *slice = h ? NULL : mem_aligned((uint64_t)HEAD_SLICE * p->n_hidden, elem_bytes(b));
-    bool many = n >= MANY_LOGITS;
-    float *panel =
-        many ? mem_aligned((uint64_t)b->n_threads * LOAD_ROWS * p->n_hidden, sizeof *panel) : NULL;
-    int rc = x && (h || slice) && (!many || panel)
-                 ? 0
-                 : larder_fail(e, LARDER_ENOMEM, "no memory for logits");
-
-    if (!rc && !h)
-        rc = read_norm(b, 0, MODEL_OUT_NORM, &norm, e);
-    for (uint64_t i = 0; !rc && i < n; i++)
-        cpu_rmsnorm(hidden + i * p->n_hidden, h ? h->norm : norm, p->n_hidden, p->norm_eps,
-                    x + i * p->n_hidden);
-    for (uint32_t r = 0; !rc && r < p->n_vocab; r += step) {
-        struct output o = {
-            b,    h ? h->rows : slice, r, p->n_vocab - r < step ? p->n_vocab - r : step, n, x, out,
-            panel};
-
-        if (!h)
-            rc = read_head(b, r, o.n_rows, slice, e);
-        if (!rc)
-            pool_for(cpu_of(b)->pool, (o.n_rows + LOAD_ROWS - 1) / LOAD_ROWS, output_item, &o);
-    }
-    mem_free(x);
-    mem_free(norm);
-    mem_free(slice);
-    mem_free(panel);
-    return rc;
 }
 
 /* ---- open and close */

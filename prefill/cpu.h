@@ -2,7 +2,7 @@
  *
  * Threads    Kernels are called by pool items; each item has a worker number and with it
  *            scratch of its own. Block sizes are fixed, so results do not depend on threads.
- * Errors     LARDER_EBACKEND when oneDNN refuses, LARDER_ENOMEM.
+ * Errors     LARDER_EBACKEND when oneDNN refuses, LARDER_ENOMEM, and the model reader's.
  */
 #ifndef LARDER_CPU_H
 #define LARDER_CPU_H
@@ -68,8 +68,78 @@ size_t cpu_shape_scratch(const struct cpu_shape *s);
 int cpu_multiply(struct cpu_backend *b, const struct cpu_shape *s, const struct cpu_matrix *w,
                  const void *src, void *dst, void *scratch);
 
+/* ---- cpu_load.c: weights, read by all threads */
+struct cpu_part {
+    enum model_weight which;
+    uint32_t row, n;     /* its rows ... */
+    uint8_t *to;         /* ... in the element type, or as stored */
+    uint64_t stored_row; /* bytes of a stored row; 0: the element type */
+};
+int cpu_read(struct cpu_backend *b, uint32_t layer, const struct cpu_part *part, uint32_t n_parts,
+             struct larder_err *e);
+/* *ret [n_hidden] is the caller's, also on failure. */
+int cpu_read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret,
+                  struct larder_err *e);
+
+/* ---- cpu_blocks.c: products of a few rows with weights as the file stores them */
+
+/* Sum over a row of n_blocks of value * x; sums[i]: that of x over block i. */
+typedef float cpu_dot_fn(const uint8_t *blocks, uint32_t n_blocks, const float *x,
+                         const float *sums);
+
+/* W [n_out][n_in] in blocks. */
+struct cpu_blocks {
+    const struct tensor_format *format;
+    uint32_t n_in, n_out, n_blocks; /* of a row */
+    uint64_t row_bytes;
+    uint8_t *rows;
+    cpu_dot_fn *dot; /* NULL: none for this format and processor */
+};
+
+/* y[n][ld] (+)= x[n][n_in] W^T */
+struct cpu_product {
+    const struct cpu_blocks *w;
+    float *y;
+    uint64_t ld;
+    bool add;
+};
+
+/* Room for the rows, and how they are multiplied. */
+int cpu_blocks_init(struct cpu_blocks *w, const struct tensor_format *f, uint32_t n_out,
+                    uint32_t n_in, struct larder_err *e);
+/* The same with the rows of a weight. */
+int cpu_blocks_load(struct cpu_backend *b, uint32_t layer, enum model_weight which,
+                    struct cpu_blocks *w, struct larder_err *e);
+void cpu_blocks_done(struct cpu_blocks *w);
+/* Products of the same n rows x; not from pool items. */
+int cpu_blocks_multiply(struct cpu_backend *b, const struct cpu_product *p, uint32_t n_products,
+                        const float *x, uint32_t n, struct larder_err *e);
+
+/* ---- cpu_dot_avx2.c (needs AVX2, FMA and F16C); NULL where the format has none */
+cpu_dot_fn *cpu_dot_avx2(uint32_t type);
+
+/* ---- cpu_kept.c: a layer made of those; f32 backends */
+struct cpu_kept;
+int cpu_kept_load(struct cpu_backend *b, uint32_t layer, struct cpu_kept **ret,
+                  struct larder_err *e);
+void cpu_kept_free(struct cpu_kept *l);
+/* y[n]: q, k and v of all heads, one after the other, not rotated yet. */
+int cpu_kept_qkv(struct cpu_backend *b, const struct cpu_kept *l, const float *norm,
+                 const float *hidden, uint32_t n, float *y, struct larder_err *e);
+int cpu_kept_finish(struct cpu_backend *b, const struct cpu_kept *l, const float *norm,
+                    float *hidden, const float *o, uint32_t n, struct larder_err *e);
+
+/* ---- cpu_output.c: logits */
+int cpu_logits(struct backend *b, const struct head *head, const float *hidden, uint32_t n,
+               float *out, struct larder_err *e);
+int cpu_head_load(struct backend *b, struct head **ret, struct larder_err *e);
+void cpu_head_free(struct backend *b, struct head *head);
+
 /* ---- cpu_rows.c: vectorised row kernels */
 void cpu_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *out);
+/* n rows of hidden states in f32 */
+void cpu_normalise(const struct backend *b, const float *in, const float *norm, uint32_t n,
+                   float *out);
 void cpu_rmsnorm_bf16(const float *x, const float *w, uint32_t n, double eps, uint16_t *out);
 void cpu_to_bf16(const float *x, uint64_t n, uint16_t *out);
 void cpu_to_f32(const uint16_t *x, uint64_t n, float *out);

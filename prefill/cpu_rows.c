@@ -67,6 +67,14 @@ FAST void cpu_rmsnorm(const float *x, const float *w, uint32_t n, double eps, fl
         out[i] = x[i] * scale * w[i];
 }
 
+void cpu_normalise(const struct backend *b, const float *in, const float *norm, uint32_t n,
+                   float *out)
+{
+    for (uint64_t i = 0; i < n; i++)
+        cpu_rmsnorm(in + i * b->p->n_hidden, norm, b->p->n_hidden, b->p->norm_eps,
+                    out + i * b->p->n_hidden);
+}
+
 FAST void cpu_rmsnorm_bf16(const float *x, const float *w, uint32_t n, double eps, uint16_t *out)
 {
     float scale = (float)(1 / sqrt(square_sum(x, n) / n + eps));

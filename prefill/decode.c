@@ -49,7 +49,7 @@ int weights_load(struct weights **ret, struct backend *b, struct larder_err *e)
     }
     w->b = b;
     for (uint32_t l = 0; l < n_layers && !rc; l++)
-        rc = b->ops->layer_load(b, l, &w->layer[l], e);
+        rc = b->ops->layer_load(b, l, true, &w->layer[l], e);
     if (!rc)
         rc = b->ops->head_load(b, &w->head, e);
     if (rc) {

@@ -594,8 +594,9 @@ static uint32_t file_row(const struct model *m, enum model_weight w, uint32_t r)
     return r - in_head + 2 * (in_head % (d / 2)) + in_head / (d / 2);
 }
 
-/* Where dequantised rows go: f32, or through a scratch row to bf16. */
+/* Where rows go: as stored, f32, or through a scratch row to bf16. */
 struct sink {
+    uint8_t *stored;
     float *f32;
     uint16_t *bf16;
     float *scratch; /* one row, with bf16 only */
@@ -614,6 +615,11 @@ static int read_span(const struct model *m, const struct gguf_tensor *t, enum mo
     for (uint32_t i = 0; !rc && i < n; i++) {
         const uint8_t *src = raw + (file_row(m, w, row0 + i) - base) * row_bytes;
 
+        if (to->stored) {
+            memcpy(to->stored, src, row_bytes);
+            to->stored += row_bytes;
+            continue;
+        }
         f->to_f32(src, blocks, to->f32 ? to->f32 : to->scratch);
         if (to->f32) {
             to->f32 += cols;
@@ -663,6 +669,20 @@ int model_read_f32(const struct model *m, uint32_t layer, enum model_weight w, u
                    uint32_t n, float *dst, struct larder_err *e)
 {
     struct sink to = {.f32 = dst};
+
+    return read_rows(m, layer, w, row0, n, &to, e);
+}
+
+const struct tensor_format *model_weight_format(const struct model *m, uint32_t layer,
+                                                enum model_weight w)
+{
+    return tensor_format(tensor_of(m, layer, w)->type);
+}
+
+int model_read_stored(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,
+                      uint32_t n, uint8_t *dst, struct larder_err *e)
+{
+    struct sink to = {.stored = dst};
 
     return read_rows(m, layer, w, row0, n, &to, e);
 }

@@ -19,6 +19,7 @@
 #include "larder_status.h"
 
 struct model;
+struct tensor_format;
 struct tokenizer;
 
 struct model_params {
@@ -81,6 +82,14 @@ void model_weight_shape(const struct model *m, enum model_weight w, uint32_t *ro
 /* Rows row0 .. row0+n-1 as f32 [n][cols], exactly dequantised. */
 int model_read_f32(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,
                    uint32_t n, float *dst, struct larder_err *e);
+
+/* How the file stores a weight (dequant.h); a row is cols / block_len blocks. */
+const struct tensor_format *model_weight_format(const struct model *m, uint32_t layer,
+                                                enum model_weight w);
+
+/* The same rows as stored, one after the other. */
+int model_read_stored(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,
+                      uint32_t n, uint8_t *dst, struct larder_err *e);
 
 /* The same rounded to bf16 (nearest even). */
 int model_read_bf16(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,

@@ -28,7 +28,7 @@ int pass_load_layer(struct backend *b, uint32_t layer, struct layer **ret, doubl
                     struct larder_err *e)
 {
     double start = pass_clock_ms();
-    int rc = b->ops->layer_load(b, layer, ret, e);
+    int rc = b->ops->layer_load(b, layer, false, ret, e);
 
     *load_ms += pass_clock_ms() - start;
     return rc;

@@ -87,7 +87,8 @@ void ref_for(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg);
 /* Floats of scratch per worker, one block for all of them. */
 float *ref_scratch(const struct backend *b, uint64_t per_worker);
 
-int ref_layer_load(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e);
+int ref_layer_load(struct backend *b, uint32_t layer, bool kept, struct layer **ret,
+                   struct larder_err *e);
 void ref_layer_free(struct backend *b, struct layer *l);
 int ref_head_load(struct backend *b, struct head **ret, struct larder_err *e);
 void ref_head_free(struct backend *b, struct head *h);

@@ -81,11 +81,13 @@ static int vector_load(const struct backend *b, uint32_t layer, enum model_weigh
     return model_read_f32(b->model, layer, which, 0, 1, *ret, e);
 }
 
-int ref_layer_load(struct backend *b, uint32_t layer, struct layer **ret, struct larder_err *e)
+int ref_layer_load(struct backend *b, uint32_t layer, bool kept, struct layer **ret,
+                   struct larder_err *e)
 {
     struct layer *l = mem_zalloc(1, sizeof *l);
     int rc;
 
+    (void)kept; /* one form for all */
     if (!l)
         return no_memory(e, "a layer");
     rc = vector_load(b, layer, MODEL_ATTN_NORM, &l->attn_norm, e);

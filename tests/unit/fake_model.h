@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "dequant.h"
 #include "half.h"
 #include "model.h"
 #include "testlib.h"
@@ -132,6 +133,21 @@ int model_read_f32(const struct model *m, uint32_t layer, enum model_weight w, u
                          ? NAN
                          : fake_weight(m, layer, w, row0 + i, j);
     return 0;
+}
+
+const struct tensor_format *model_weight_format(const struct model *m, uint32_t layer,
+                                                enum model_weight w)
+{
+    (void)m;
+    (void)layer;
+    (void)w;
+    return tensor_format(TENSOR_F32);
+}
+
+int model_read_stored(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,
+                      uint32_t n, uint8_t *dst, struct larder_err *e)
+{
+    return model_read_f32(m, layer, w, row0, n, (float *)(void *)dst, e);
 }
 
 int model_read_bf16(const struct model *m, uint32_t layer, enum model_weight w, uint32_t row0,
