@@ -45,7 +45,7 @@ pip_install() {
 }
 
 works() { # PEER
-    echo 512 | "$env/bin/python" tests/bench/prefill_peers.py --serve "$1" --model "$model" \
+    echo '["prefill", 512]' | "$env/bin/python" tests/bench/peers.py --serve "$1" --model "$model" \
         --longest 512 >"$env/works.log" 2>&1 && return 0
     tail -n 3 "$env/works.log" >&2
     return 1
