@@ -161,7 +161,9 @@ $(B)/libcli.a: $(call obj,$(filter-out client/cli_main.c,$(CLI_SRC)))
 $(B)/tests/test_client_eval: $(B)/libcli.a
 $(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
 
-# tests/bench/bench_DIR_what.c likewise.
+# tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
+needs_all := prefill client ipc base
+LIBS_all  := $(LIBS_prefill) $(LIBS_client)
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
 $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
 	@mkdir -p $(@D)

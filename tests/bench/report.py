@@ -11,6 +11,11 @@ FAST_OF_MEMCPY = 0.4  # its speed, where there are no byte-expanding instruction
 CLIENTS, FETCHES_PER_S, P99_US = "256", 20000, 50000
 PREFIX_US = 1000
 FLAT = 1.2  # of the smallest store's figure
+FIRST_SHARE = 0.03
+RESTORE_FACTOR = 10
+DECODE_FACTOR = 1.5
+SHOWN = ("prefill", "first token", "decode", "not measured")  # elsewhere than in the rest
+ENTRIES = ("full", "rows512", "offline")
 
 
 def table(head, lines):
@@ -43,10 +48,26 @@ def print_prefill(rows):
     table(["subject"] + ["%s tokens" % n for n in lengths] + ["how"], lines)
 
 
+def print_first(rows):
+    first = [r for r in rows if r["stage"] == "first token"]
+    if not first:
+        return
+
+    def of(stage, subject):
+        return shown(next((r for r in rows if (r["stage"], r["subject"]) == (stage, subject)),
+                          None))
+    lines = [[r["subject"], of("first token", r["subject"] + ": fetch"), shown(r),
+              of("decode", r["subject"]), r["note"]]
+             for r in first if not r["subject"].endswith(": fetch")]
+    print("A question on %s tokens: median (minimum) of %s runs after one that warms up\n"
+          % (first[0]["value"], first[0]["runs"]))
+    table(["subject", "fetch or restore, ms", "first token, ms", "then tokens/s", "how"], lines)
+
+
 def print_others(rows):
     lines = [[r["stage"], r["subject"], "%s %s" % (r["value"], r["parameter"]),
               "%s %s" % (shown(r), r["unit"]), r["runs"]]
-             for r in rows if r["stage"] not in ("prefill", "not measured")]
+             for r in rows if r["stage"] not in SHOWN]
     print("The rest: median (minimum)\n")
     table(["stage", "subject", "of", "measured", "runs"], lines)
 
@@ -56,6 +77,35 @@ def median_in(rows, stage, subject, value=None):
         if (r["stage"], r["subject"]) == (stage, subject) and value in (None, r["value"]):
             return float(r["median"])
     return None
+
+
+def times(factor, x):
+    return None if x is None else factor * x
+
+
+def first_targets(rows):
+    """The same of first tokens and decoding; nothing where that was not measured."""
+    def median(stage, subject):
+        return median_in(rows, stage, subject)
+
+    if not any(r["stage"] == "first token" for r in rows):
+        return
+    for kind in ("decoded", "fresh"):
+        for entry in ENTRIES:
+            yield ("first token, %s, %s: %g x larder's prefill" % (entry, kind, FIRST_SHARE),
+                   median("first token", "larder, %s, %s" % (entry, kind)),
+                   times(FIRST_SHARE, median("first token", "larder, prefill")), "ms")
+    for kind in ("decoded", "fresh"):
+        for entry in ENTRIES:
+            yield ("fetch, %s, %s: 1/%d of llama.cpp's restore" % (entry, kind, RESTORE_FACTOR),
+                   median("first token", "larder, %s, %s: fetch" % (entry, kind)),
+                   times(1 / RESTORE_FACTOR,
+                         median("first token", "llama.cpp, restored: fetch")), "ms")
+    for entry in ENTRIES[1:]:
+        rate = median("decode", "larder, %s, decoded" % entry)
+        peer = times(DECODE_FACTOR, median("decode", "llama.cpp, restored"))
+        yield ("a token of decoding, %s: 1/%g of llama.cpp's" % (entry, DECODE_FACTOR),
+               rate and 1e3 / rate, peer and 1e3 / peer, "ms")
 
 
 def codec_targets(rows):
@@ -112,6 +162,7 @@ def targets(rows):
            median("memory", "worker"), median("memory", "worker's limit"), "MiB")
     yield from codec_targets(rows)
     yield from many_targets(rows)
+    yield from first_targets(rows)
 
 
 def print_targets(rows):
@@ -131,6 +182,7 @@ def main():
     with open(sys.argv[1], newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     print_prefill(rows)
+    print_first(rows)
     print_others(rows)
     for r in rows:
         if r["stage"] == "not measured":

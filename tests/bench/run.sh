@@ -1,11 +1,11 @@
 #!/bin/bash
-# tests/bench/run.sh BUILD [RUNS [TOKENS [ENTRIES]]] - measure prefill against peers, fetches, and
-# memory.
+# tests/bench/run.sh BUILD [RUNS [TOKENS [ENTRIES]]] - prefill and first tokens beside peers;
+# fetches, codecs, many clients, many entries, memory.
 #
 # Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
 # it, then those for many clients and for many entries on stores of their own, then
-# prefill_peers.py with the daemon stopped. Prints tables; the same figures go to
-# tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
+# prefill_peers.py and resume_peers.py with the daemon stopped. Prints tables; the same figures go
+# to tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
 # TOKENS (512,2048,5000) are those of the prefill, ENTRIES (100,10000,100000) the sizes of the
 # growing store: 1,000,000 take 2 GB of memory and minutes. Nothing started here outlives it.
 . "$(dirname "$0")/../e2e/lib.sh"
@@ -132,6 +132,16 @@ many_entries() {
     done
 }
 
+with_peers() { # SCRIPT OPTION...
+    script=$1
+    shift
+    python3 "tests/bench/$script" --build "$build" --model "$model" --runs "$runs" --csv "$csv" \
+        "$@" &
+    peers=$!
+    wait "$peers" || die "$script failed"
+    peers=
+}
+
 started=$SECONDS
 tag=$(machine)
 echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
@@ -140,11 +150,8 @@ echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,
 store_and_fetch
 many_clients
 many_entries
-python3 tests/bench/prefill_peers.py --build "$build" --model "$model" --runs "$runs" \
-    --tokens "$lengths" --csv "$csv" &
-peers=$!
-wait "$peers" || die "prefill_peers.py failed"
-peers=
+with_peers prefill_peers.py --tokens "$lengths"
+with_peers resume_peers.py
 mkdir -p tests/bench/results
 cp "$csv" "tests/bench/results/$tag.csv"
 echo
