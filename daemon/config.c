@@ -129,17 +129,16 @@ static int set_number(const struct key *k, uint64_t *to, const char *v, const ch
     return 0;
 }
 
-/* The number of a word among those of the key; its first word for NULL. */
+/* The number of a word among those of the key. */
 static int set_word(const struct key *k, uint64_t *to, const char *v, const char *where,
                     struct larder_err *e)
 {
     const char *at = k->preset;
-    size_t n = v ? strlen(v) : 0;
 
     for (uint64_t i = 0; at; i++) {
         size_t len = strcspn(at, "|");
 
-        if (!v || (len == n && !memcmp(at, v, n))) {
+        if (len == strlen(v) && !memcmp(at, v, len)) {
             *to = i;
             return 0;
         }
@@ -163,7 +162,7 @@ static int set_value(const struct key *k, void *base, const char *v, const char 
         return 0;
     }
     if (k->kind == WORD)
-        return set_word(k, to, v == k->preset ? NULL : v, where, e);
+        return set_word(k, to, v, where, e);
     if (k->kind != STRING)
         return set_number(k, to, v, where, e);
     copy = mem_strdup(v);
@@ -187,7 +186,8 @@ static int set_defaults(const struct key *table, size_t n, void *base, struct la
     int rc = 0;
 
     for (size_t i = 0; !rc && i < n; i++)
-        rc = set_value(&table[i], base, table[i].preset, "default", e);
+        if (table[i].kind != WORD) /* 0 is the first */
+            rc = set_value(&table[i], base, table[i].preset, "default", e);
     return rc;
 }
 

@@ -7,14 +7,12 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "fast.h"
 #include "half.h"
 #include "lanes.h"
 #include "mem.h"
 #include "packed.h"
 
-#define FAST                                                                                       \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
-                   optimize("O3", "fp-contract=off")))
 #define BODY static inline __attribute__((always_inline, optimize("O3", "fp-contract=off")))
 
 typedef uint32_t half_bits __attribute__((vector_size(32)));

@@ -9,13 +9,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "fast.h"
 #include "mem.h"
 #include "ref.h"
 
 #define FUTURE 512u /* positions that the mean rotation is taken over */
-#define FAST                                                                                       \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
-                   optimize("O3", "fp-contract=off")))
 
 /* y += a x: element by element, so that every instruction set gives the same bits. */
 FAST static void axpy(double a, const double *x, uint32_t n, double *y)

@@ -8,14 +8,12 @@
 #include <math.h>
 #include <string.h>
 
+#include "fast.h"
 #include "mem.h"
 #include "mul.h"
 
 #define BLOCK 64u
 #define ROWS 128u /* rows of an update's item */
-#define FAST                                                                                       \
-    __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"),                             \
-                   optimize("O3", "fp-contract=off")))
 
 struct factor {
     struct backend *b;

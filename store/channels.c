@@ -8,8 +8,11 @@
 
 #include <string.h>
 
+#include "fast.h"
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are little-endian");
+
 #define MEAN_SHARE 0.9f
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3")))
 
 /* ---- choosing */
 

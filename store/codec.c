@@ -213,33 +213,19 @@ static void produce(struct source *s, uint32_t at, uint32_t n, void *dst)
 }
 
 static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
-                   const uint8_t hash[EXTENT_HASH_LEN], const struct codec_piece *piece,
-                   uint32_t n_pieces, struct larder_err *e)
+                   const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst, struct larder_err *e)
 {
     XXH128_canonical_t canonical;
     uint16_t block[HASH_BLOCK / 2];
-    uint32_t at = 0;
 
     XXH3_128bits_reset(c->hash);
-    for (uint32_t p = 0; p < n_pieces; p++) {
-        uint8_t *dst = piece[p].dst;
+    for (uint32_t at = 0, n; at < raw_len; at += n) {
+        void *to = dst ? (void *)(dst + at) : (void *)block;
 
-        if (piece[p].len > raw_len - at)
-            return larder_fail(e, LARDER_EINTERNAL, "pieces for more than an extent of %u bytes",
-                               raw_len);
-        for (uint32_t done = 0; done < piece[p].len;) {
-            uint32_t n = piece[p].len - done < HASH_BLOCK ? piece[p].len - done : HASH_BLOCK;
-            void *to = dst ? (void *)(dst + done) : (void *)block;
-
-            produce(s, at, n, to);
-            XXH3_128bits_update(c->hash, to, n);
-            at += n;
-            done += n;
-        }
+        n = raw_len - at < HASH_BLOCK ? raw_len - at : HASH_BLOCK;
+        produce(s, at, n, to);
+        XXH3_128bits_update(c->hash, to, n);
     }
-    if (at != raw_len)
-        return larder_fail(e, LARDER_EINTERNAL, "pieces of %u bytes for an extent of %u", at,
-                           raw_len);
     XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(c->hash));
     if (memcmp(canonical.digest, hash, EXTENT_HASH_LEN))
         return damaged(e, "the hash of an extent does not match");
@@ -271,8 +257,8 @@ static int open_rows(struct codec *c, enum codec_kind kind, const void *stored, 
 }
 
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
-                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
-                 const struct codec_piece *piece, uint32_t n_pieces, struct larder_err *e)
+                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst,
+                 struct larder_err *e)
 {
     struct source s = {.bytes = stored};
     int rc = 0;
@@ -291,7 +277,7 @@ int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint
         return damaged(e, "an extent names an unknown codec");
     }
     if (!rc)
-        rc = deliver(c, &s, raw_len, hash, piece, n_pieces, e);
+        rc = deliver(c, &s, raw_len, hash, dst, e);
     if (!rc && kind == CODEC_TIERS && tiers_close(&c->tiers))
         rc = damaged(e, "the tiers of an extent do not have the declared size");
     return rc;

@@ -47,19 +47,13 @@ int codec_encode(struct codec *c, enum codec_kind want, const struct codec_input
                  enum codec_kind *ret_kind, const void **ret_stored, uint32_t *ret_len,
                  uint8_t hash[EXTENT_HASH_LEN], struct larder_err *e);
 
-/* A piece of an extent's uncompressed bytes and where it goes. NULL dst: decode and hash only. */
-struct codec_piece {
-    void *dst;
-    uint32_t len; /* even for bf16 codecs */
-};
-
 /* EXTENT_RAW_MAX bytes to decode into, kept with the codec; NULL when memory is out. */
 uint8_t *codec_buffer(struct codec *c);
 
-/* Decode into pieces, whose lengths add up to raw_len, and compare the hash. The bytes in
- * the pieces are only to be used when it returns 0. */
+/* Decode raw_len bytes into dst (NULL: decode and hash only) and compare the hash. What is in dst
+ * is only to be used when it returns 0. */
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
-                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
-                 const struct codec_piece *piece, uint32_t n_pieces, struct larder_err *e);
+                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst,
+                 struct larder_err *e);
 
 #endif

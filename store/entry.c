@@ -170,9 +170,9 @@ const struct store_info *store_entry_info(const struct store_entry *en)
 
 /* ---- extents */
 
-/* Verify and decode extent i into pieces (NULL: verify only). */
+/* Verify extent i and decode it into dst (NULL: verify only). */
 static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i, struct codec *c,
-                         const struct codec_piece *piece, uint32_t n, struct larder_err *e)
+                         uint8_t *dst, struct larder_err *e)
 {
     const struct extent *x = &en->m.extent[i];
     uint8_t key[EXTENT_KEY_LEN];
@@ -186,7 +186,7 @@ static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i,
     if (!rc && v.mv_size != x->stored_len)
         return larder_fail(e, LARDER_EDAMAGED, "extent %u has a wrong length", i);
     if (!rc)
-        rc = codec_decode(c, x->codec, v.mv_data, x->stored_len, x->raw_len, x->hash, piece, n, e);
+        rc = codec_decode(c, x->codec, v.mv_data, x->stored_len, x->raw_len, x->hash, dst, e);
     return rc == LARDER_EDAMAGED ? larder_fail_in(e, rc, "extent %u", i) : rc;
 }
 
@@ -194,14 +194,13 @@ static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i,
 static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *c, uint8_t *dst,
                         struct larder_err *e)
 {
-    struct codec_piece piece = {dst, en->m.extent[i].raw_len};
     MDB_txn *txn;
     MDB_val v;
     int rc = txn_read(en->s, &txn, e);
 
     if (rc)
         return rc;
-    rc = decode_extent(en, txn, i, c, &piece, 1, e);
+    rc = decode_extent(en, txn, i, c, dst, e);
     if (rc == LARDER_EDAMAGED &&
         db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN, &v, NULL) == LARDER_ENOTFOUND)
         rc = larder_fail(e, LARDER_ENOTFOUND, "the entry was removed while it was read");
@@ -330,10 +329,8 @@ int entry_load_txn(struct store_entry *en, MDB_txn *txn, struct larder_err *e)
         return larder_fail(e, LARDER_ENOMEM, "no memory to read an entry");
     }
     for (uint32_t i = en->m.n_row_extents; !rc && i < en->m.n_extents; i++) {
-        struct codec_piece piece = {en->aux + at, en->m.extent[i].raw_len};
-
-        rc = decode_extent(en, txn, i, c, &piece, 1, e);
-        at += piece.len;
+        rc = decode_extent(en, txn, i, c, en->aux + at, e);
+        at += en->m.extent[i].raw_len;
     }
     codec_give(en->s, c);
     return rc ? rc : unpack_aux(en, e);
@@ -424,8 +421,8 @@ static int put_tiles(const struct store_entry *en, uint32_t i, const uint8_t *by
 
     for (uint32_t t = tile_at(en, begin); !rc && at < end; t++) {
         uint64_t till = end < en->tile[t + 1] ? end : en->tile[t + 1];
-        uint64_t here = place_of(to, t) + (at - en->tile[t]);
-        bool bias = t % TILES_PER_HEAD == 2;
+        bool bias = t % TILES_PER_HEAD == 2; /* f32 there, so twice as far into it */
+        uint64_t here = place_of(to, t) + (bias ? 2 : 1) * (at - en->tile[t]);
 
         if (till == at)
             continue;
@@ -434,7 +431,6 @@ static int put_tiles(const struct store_entry *en, uint32_t i, const uint8_t *by
             start = at;
         }
         if (bias && !rc) {
-            here = place_of(to, t) + 2 * (at - en->tile[t]);
             rc = put_bias(to, here, bytes + (at - begin), (uint32_t)(till - at) / 2, e);
             start = till;
         } else if (start == at) {
@@ -445,6 +441,14 @@ static int put_tiles(const struct store_entry *en, uint32_t i, const uint8_t *by
     if (!rc && at > start)
         rc = to->put(to->arg, place, bytes + (start - begin), at - start, e);
     return rc;
+}
+
+static int decode_tiles(const struct store_entry *en, uint32_t i, struct codec *c,
+                        const struct store_sink *to, struct larder_err *e)
+{
+    int rc = decode_alone(en, i, c, codec_buffer(c), e);
+
+    return rc ? rc : put_tiles(en, i, codec_buffer(c), to, e);
 }
 
 /* Bytes [at, at + n) of the row stream; each extent that holds some is verified whole. */
@@ -526,12 +530,10 @@ int store_entry_decode(const struct store_entry *en, enum kv_dtype as, uint32_t 
     c = codec_take(en->s);
     if (!c || !codec_buffer(c))
         rc = larder_fail(e, LARDER_ENOMEM, "no memory to decode an extent");
-    else if (as != en->m.info.precision)
-        rc = decode_expanded(en, i, c, to, e);
+    else if (as == en->m.info.precision)
+        rc = decode_tiles(en, i, c, to, e);
     else
-        rc = decode_alone(en, i, c, codec_buffer(c), e);
-    if (!rc && as == en->m.info.precision)
-        rc = put_tiles(en, i, codec_buffer(c), to, e);
+        rc = decode_expanded(en, i, c, to, e);
     if (c)
         codec_give(en->s, c);
     return rc;

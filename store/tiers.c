@@ -11,13 +11,13 @@
 #include <string.h>
 
 #include "bytes.h"
+#include "fast.h"
 
 #define ESCAPE_1 TIERS_FIRST
 #define ESCAPE_2 TIERS_SECOND
 #define BYTES_1 16u /* of a group of first codes */
 #define BYTES_2 24u /* of second codes: two bits as in the first, then the third bits as a u64 */
 #define SAMPLE 8u   /* every so many groups are counted to choose the frequent values */
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), optimize("O3")))
 
 static uint32_t groups_of(uint32_t n)
 {

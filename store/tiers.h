@@ -2,8 +2,8 @@
  *
  * Purpose    What exponents look like once their channel's base is taken off: three values make up
  *            about three quarters of them, seven more nearly all of the rest. Codes of fixed width
- *            decode without a branch per byte, several times faster than Huffman codes and at
- *            almost their size (FORMAT.md section 3).
+ *            decode without a branch per byte, faster than Huffman codes and at almost their size
+ *            (FORMAT.md section 3).
  * Ownership  Everything borrows the caller's buffers.
  * Threads    Pure functions over them.
  */

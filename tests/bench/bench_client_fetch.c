@@ -11,34 +11,18 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "benchlib.h"
-#include "larder.h"
+#include "client_fetch.h"
 #include "mem.h"
 
 #define N_RUNS 301
 #define N_COPIES 21
 #define N_FIRST 15
 #define REST_US 150000 /* between first fetches: the daemon prepares its next memory file */
-#define WAIT_MS 60000
 
 static double median(double *v, size_t n)
 {
     qsort(v, n, sizeof *v, by_value);
     return v[n / 2];
-}
-
-static int fetch(struct larder *c, const char *name, double *us, uint64_t *n_bytes,
-                 struct larder_err *e)
-{
-    struct larder_lease l;
-    double t0 = now_us();
-    int rc = larder_fetch(c, name, WAIT_MS, &l, e);
-
-    if (rc)
-        return rc;
-    *us = now_us() - t0;
-    *n_bytes = l.image.n_bytes;
-    return larder_release(c, &l, WAIT_MS, e);
 }
 
 static int round_trip(struct larder *c, double *ret_us, struct larder_err *e)
@@ -98,11 +82,11 @@ int main(int argc, char **argv)
     }
     rc = larder_connect(&c, NULL, WAIT_MS, &e);
     if (!rc)
-        rc = fetch(c, name, us, &n, &e);
+        rc = timed_fetch(c, name, us, &n, &e);
     for (int i = 0; !rc && i < n_runs; i++) {
         if (fresh)
             usleep(REST_US);
-        rc = fetch(c, name, &us[i], &n, &e);
+        rc = timed_fetch(c, name, &us[i], &n, &e);
     }
     if (!rc)
         rc = round_trip(c, &rtt, &e);

@@ -8,12 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "benchlib.h"
-#include "larder.h"
+#include "client_fetch.h"
 
 #define N_RUNS 5001
 #define N_WARM 20000 /* until the daemon has mapped what it reads of a large store */
-#define WAIT_MS 60000
 #define MAX_ENTRIES 10000000ul
 
 typedef int operation(struct larder *c, const char *name, double *us, struct larder_err *e);
@@ -30,12 +28,9 @@ static int look_up(struct larder *c, const char *name, double *us, struct larder
 
 static int fetch(struct larder *c, const char *name, double *us, struct larder_err *e)
 {
-    struct larder_lease lease;
-    double t0 = now_us();
-    int rc = larder_fetch(c, name, WAIT_MS, &lease, e);
+    uint64_t n_bytes;
 
-    *us = now_us() - t0;
-    return rc ? rc : larder_release(c, &lease, WAIT_MS, e);
+    return timed_fetch(c, name, us, &n_bytes, e);
 }
 
 /* An entry drawn at random. The names are those of small_entry.h. */

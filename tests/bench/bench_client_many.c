@@ -16,13 +16,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "benchlib.h"
-#include "larder.h"
+#include "client_fetch.h"
 
 #define WARM_UP 8 /* fetches of each client before the clock starts */
 #define MAX_CLIENTS 4096
 #define MAX_FETCHES 10000000
-#define WAIT_MS 60000
 
 /* What the processes share. */
 struct load {
@@ -37,15 +35,11 @@ struct load {
 
 static int fetch(struct load *l, struct larder *c, double *us, struct larder_err *e)
 {
-    struct larder_lease lease;
-    double t0 = now_us();
-    int rc = larder_fetch(c, l->name, WAIT_MS, &lease, e);
+    uint64_t n_bytes = 0;
+    int rc = timed_fetch(c, l->name, us, &n_bytes, e);
 
-    if (rc)
-        return rc;
-    *us = now_us() - t0;
-    atomic_store(&l->image_bytes, lease.image.n_bytes);
-    return larder_release(c, &lease, WAIT_MS, e);
+    atomic_store(&l->image_bytes, n_bytes);
+    return rc;
 }
 
 static void run_client(struct load *l)

@@ -156,14 +156,14 @@ static void decode(struct bench *b, enum subject who)
 {
     for (uint32_t i = 0; i < b->n_extents; i++) {
         struct coded *c = &b->coded[who][i];
-        struct codec_piece piece = {b->dst + (uint64_t)i * EXTENT_RAW_MAX, extent_len(b, i)};
+        uint8_t *dst = b->dst + (uint64_t)i * EXTENT_RAW_MAX;
+        uint32_t len = extent_len(b, i);
 
         if (who == S_MEMCPY)
-            memcpy(piece.dst, c->bytes, piece.len);
+            memcpy(dst, c->bytes, len);
         else if (who == S_ZSTD3)
-            ZSTD_decompress(piece.dst, piece.len, c->bytes, c->len);
-        else if (codec_decode(b->codec, c->kind, c->bytes, c->len, piece.len, c->hash, &piece, 1,
-                              NULL))
+            ZSTD_decompress(dst, len, c->bytes, c->len);
+        else if (codec_decode(b->codec, c->kind, c->bytes, c->len, len, c->hash, dst, NULL))
             die("an extent does not decode");
     }
 }

@@ -7,12 +7,15 @@ run. Rounds visit all subjects in turn: what else the machine does then hits all
 standard library is needed here; the peers run in the environment that setup-peers.sh makes.
 """
 import argparse
+import contextlib
+import csv
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -274,9 +277,22 @@ def arguments(doc, runs):
     return parser
 
 
-def exit_on_term():
+@contextlib.contextmanager
+def session(args):
+    """A run: where rows go, a directory, why subjects are missed, and what is closed at its end.
+    What is missed is told in the end, printed and as rows."""
     # An exit rather than death, so that the processes below are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    missed, opened = {}, []
+    with tempfile.TemporaryDirectory(prefix="larder-bench-") as directory, \
+            open(args.csv or os.devnull, "a", newline="", encoding="utf-8") as f:
+        out = csv.writer(f, lineterminator="\n")
+        try:
+            yield out, directory, missed, opened
+        finally:
+            for x in opened:
+                x.close()
+        write_missed(out, missed)
 
 
 def main():

@@ -1,13 +1,9 @@
 #!/usr/bin/env python3
 """Prefill of the same tokens by larder, PyTorch with transformers, and llama.cpp (peers.py)."""
-import csv
-import os
 import statistics
 import sys
-import tempfile
 
-from peers import (PEERS, Larder, arguments, exit_on_term, measure, open_peers, write_missed,
-                   write_row)
+from peers import PEERS, Larder, arguments, measure, open_peers, session, write_row
 
 # A precision that the processor lacks is emulated and takes minutes; one that loses by this
 # factor at the shortest length is not measured at the others.
@@ -42,27 +38,17 @@ def main():
     parser = arguments(__doc__, 5)
     parser.add_argument("--tokens", default="512,2048,5000")
     args = parser.parse_args()
-    exit_on_term()
     lengths = [int(n) for n in args.tokens.split(",")]
-    missed, subjects = {}, []
-    with tempfile.TemporaryDirectory(prefix="larder-bench-") as directory, \
-            open(args.csv or os.devnull, "a", newline="", encoding="utf-8") as f:
-        out = csv.writer(f, lineterminator="\n")
-        try:
-            subjects = [Larder(args.build, args.model, directory)]
-            subjects += open_peers(PEERS, args.model, max(lengths), directory, missed)
-            for n in lengths:
-                print("prefill of %d tokens: %s" % (n, ", ".join(s.name for s in subjects)),
-                      flush=True)
-                results = measure(subjects, n, args.runs, missed)
-                write_rows(out, n, results, {s.name: s.about for s in subjects})
-                f.flush()
-                if n == lengths[0]:
-                    drop_hopeless(subjects, n, results, missed)
-        finally:
-            for s in subjects:
-                s.close()
-        write_missed(out, missed)
+    with session(args) as (out, directory, missed, subjects):
+        subjects.append(Larder(args.build, args.model, directory))
+        subjects += open_peers(PEERS, args.model, max(lengths), directory, missed)
+        for n in lengths:
+            print("prefill of %d tokens: %s" % (n, ", ".join(s.name for s in subjects)),
+                  flush=True)
+            results = measure(subjects, n, args.runs, missed)
+            write_rows(out, n, results, {s.name: s.about for s in subjects})
+            if n == lengths[0]:
+                drop_hopeless(subjects, n, results, missed)
     return 0
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """report.py CSV - the figures of tests/bench/run.sh as tables, and what became of the targets."""
 import csv
+import functools
 import sys
 
 PREFILL = {"512": 2, "2048": 2.5, "5000": 3}  # times as fast as the fastest peer
@@ -85,9 +86,7 @@ def times(factor, x):
 
 def first_targets(rows):
     """The same of first tokens and decoding; nothing where that was not measured."""
-    def median(stage, subject):
-        return median_in(rows, stage, subject)
-
+    median = functools.partial(median_in, rows)
     if not any(r["stage"] == "first token" for r in rows):
         return
     for kind in ("decoded", "fresh"):
@@ -118,7 +117,7 @@ def codec_targets(rows):
                size / of * 1e6, "us")
     copy = median_in(rows, "codec", "memcpy")
     yield ("codec fast: memcpy at %.1f of its speed" % FAST_OF_MEMCPY,
-           median_in(rows, "codec", "fast"), copy and copy / FAST_OF_MEMCPY, "us")
+           median_in(rows, "codec", "fast"), times(1 / FAST_OF_MEMCPY, copy), "us")
     for subject, least in (("zstd ratio", ZSTD_RATIO), ("fast ratio", FAST_RATIO)):
         yield ("codec %s, at least %.2f" % (subject, least), median_in(rows, "codec", subject),
                least, "x")
@@ -136,7 +135,7 @@ def many_targets(rows):
     for name in ("by key", "by name", "fetch", "client's look-up", "client's fetch"):
         few = median_in(rows, "growth", name, sizes[0])
         yield ("%s of %s entries: %.1f x that of %s" % (name, sizes[-1], FLAT, sizes[0]),
-               median_in(rows, "growth", name, sizes[-1]), few and FLAT * few, "us")
+               median_in(rows, "growth", name, sizes[-1]), times(FLAT, few), "us")
     yield ("longest prefix of %s entries: %d us" % (sizes[-1], PREFIX_US),
            median_in(rows, "growth", "longest prefix", sizes[-1]), PREFIX_US, "us")
 
@@ -144,9 +143,7 @@ def many_targets(rows):
 def targets(rows):
     """Yields (target, measured, limit, unit); None where a figure is missing. The limit is a
     least one where the unit is a rate or a ratio."""
-    def median(stage, subject, value=None):
-        return median_in(rows, stage, subject, value)
-
+    median = functools.partial(median_in, rows)
     for n, factor in PREFILL.items():
         peers = [float(r["median"]) for r in rows if r["stage"] == "prefill"
                  and r["value"] == n and not r["subject"].startswith("larder")]
@@ -157,7 +154,7 @@ def targets(rows):
            None if None in trip else sum(trip), "us")
     trip = median("fetch", "decoded round_trip")
     yield ("fetch, decoded: %s round trips" % DECODED_TRIPS, median("fetch", "decoded"),
-           trip and DECODED_TRIPS * trip, "us")
+           times(DECODED_TRIPS, trip), "us")
     yield ("worker's peak: weights + hidden states + K/V of a layer + 200 MiB",
            median("memory", "worker"), median("memory", "worker's limit"), "MiB")
     yield from codec_targets(rows)

@@ -7,16 +7,14 @@ reads, decompresses and verifies the entry each time (fresh). Beside it: larder'
 document and question, llama.cpp with a state of the same document that it saved to a file next
 to the store, and PyTorch's prefill. All take turns (peers.py).
 """
-import csv
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
-from peers import (Larder, Missed, Process, arguments, exit_on_term, measure, open_peers,
-                   token_ids, write_ids, write_missed, write_row)
+from peers import (Larder, Missed, Process, arguments, measure, open_peers, session, token_ids,
+                   write_ids, write_row)
 
 ENTRIES = {"full": "full", "rows512": "snapkv,rows=512", "offline": "offline,rows=25%"}
 EXACT = ("larder", "llama.cpp", "torch-f32", "full, decoded", "full, fresh")
@@ -154,11 +152,7 @@ def main():
     parser.add_argument("--new", type=int, default=64, help="tokens to generate after the first")
     parser.add_argument("--store", help="directory for the store, kept and used again")
     args = parser.parse_args()
-    exit_on_term()
-    missed, opened = {}, []
-    with tempfile.TemporaryDirectory(prefix="larder-bench-") as directory, \
-            open(args.csv or os.devnull, "a", newline="", encoding="utf-8") as f:
-        out = csv.writer(f, lineterminator="\n")
+    with session(args) as (out, directory, missed, opened):
         try:
             subjects = open_subjects(args, args.store or directory, missed, opened)
             print("a question on %d tokens: %s" % (args.tokens,
@@ -167,10 +161,6 @@ def main():
             write_rows(out, args, results, {s.name: s.about for s in subjects})
         except Missed as why:
             missed["a stored document"] = str(why)
-        finally:
-            for x in opened:
-                x.close()
-        write_missed(out, missed)
     return 0
 
 

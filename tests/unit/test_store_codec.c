@@ -278,11 +278,9 @@ static void extent_end(struct extent_of *x)
 
 static int extent_back(struct extent_of *x, uint32_t coded_len)
 {
-    uint32_t a = x->len / 6 * 2, b = x->len - a;
-    struct codec_piece pieces[2] = {{x->back, a}, {x->back + a, b}};
     struct larder_err e;
 
-    return codec_decode(x->c, x->kind, x->coded, coded_len, x->len, x->hash, pieces, 2, &e);
+    return codec_decode(x->c, x->kind, x->coded, coded_len, x->len, x->hash, x->back, &e);
 }
 
 static void extents_of_every_codec_come_back(void **state)
