@@ -18,7 +18,7 @@
 
 #define BUCKETS 4096u
 #define IMAGE_MAX_BYTES (1ull << 40)
-#define SMALL_SHARE 32u
+#define SMALL_SHARE 4u
 #define MAX_OLD 64u
 
 struct waiter {
