@@ -3,7 +3,7 @@
  * The one idea: a few rows are bound by reading the weights, so these are read in the form with the
  * fewest bytes. One to three rows take a dot product per row of W, fused where this processor
  * has one for the format (cpu_dot_avx2.c), else through one expanded row. More rows share
- * an expanded panel of 16 rows of W, which stays in the second-level cache. Threads take
+ * 16 expanded rows of W, which stay in the second-level cache. Threads take
  * rows of W, so that one new token occupies all of them. */
 #include <string.h>
 
@@ -12,7 +12,7 @@
 #include "mem.h"
 
 #define ITEM_ROWS 64u /* rows of W that an item takes: whole panels */
-#define MANY 4u       /* rows of x from which expanding a panel pays */
+#define MANY 4u       /* rows of x from which expanding rows of W pays */
 #define SUM_OVER 32u  /* elements of x that a block's minimum meets */
 
 static cpu_dot_fn *find_dot(const struct tensor_format *f)
@@ -65,7 +65,8 @@ struct multiply {
     const float *x; /* [n][n_in] */
     float *sums;    /* [n][n_in / SUM_OVER]: a dot product of blocks with a minimum wants them */
     uint32_t n;
-    float *scratch; /* [n_threads][per_worker]: an expanded row, or 16 and their panel */
+    float *panels;  /* x in panels of 16 rows, for many rows */
+    float *scratch; /* [n_threads][per_worker]: an expanded row, or 16 and their products */
     uint64_t per_worker;
 };
 
@@ -101,34 +102,52 @@ static void few(const struct multiply *m, const struct cpu_product *p, uint32_t 
     }
 }
 
-/* The same for at most 16 rows of W, which become a panel first. */
+/* Values of y for `rows` rows of W from `row` on, laid out as a product's c, and back. */
+static void take_y(const struct multiply *m, const struct cpu_product *p, uint32_t row,
+                   uint32_t rows, float *c)
+{
+    for (uint32_t i = 0; i < m->n; i++)
+        for (uint32_t r = 0; r < rows; r++)
+            c[i / MUL_WIDE * MUL_WIDE * MUL_WIDE + r * MUL_WIDE + i % MUL_WIDE] =
+                p->y[i * p->ld + row + r];
+}
+
+static void give_y(const struct multiply *m, const struct cpu_product *p, uint32_t row,
+                   uint32_t rows, const float *c)
+{
+    for (uint32_t i = 0; i < m->n; i++)
+        for (uint32_t r = 0; r < rows; r++)
+            p->y[i * p->ld + row + r] =
+                c[i / MUL_WIDE * MUL_WIDE * MUL_WIDE + r * MUL_WIDE + i % MUL_WIDE];
+}
+
+/* The same for at most 16 rows of W. W times x^T: x has the panels, so expanded rows of W are
+ * used as they come. Columns beyond the last row of x are computed and dropped: cheaper than
+ * an edge. */
 static void many(const struct multiply *m, const struct cpu_product *p, uint32_t row, uint32_t n,
                  float *buf)
 {
     uint32_t n_in = p->w->n_in;
-    float *panel = buf + (uint64_t)MUL_WIDE * n_in;
+    float *c = buf + (uint64_t)MUL_WIDE * n_in;
 
     for (uint32_t r = 0; r < n; r++)
         expand(p->w, row + r, buf + (uint64_t)r * n_in);
-    if (n < MUL_WIDE) /* whole panels are read */
-        memset(buf + (uint64_t)n * n_in, 0, (uint64_t)(MUL_WIDE - n) * n_in * sizeof *buf);
-    for (uint64_t k = 0; k < n_in; k++)
-        for (uint64_t r = 0; r < MUL_WIDE; r++)
-            panel[k * MUL_WIDE + r] = buf[r * n_in + k];
-    m->b->mul(&(struct mul){.a = m->x,
+    if (p->add)
+        take_y(m, p, row, n, c);
+    m->b->mul(&(struct mul){.a = buf,
                             .a_row = n_in,
                             .a_k = 1,
-                            .a_panel = MUL_WIDE * (uint64_t)n_in,
-                            .b = panel,
+                            .b = m->panels,
                             .b_k = MUL_WIDE,
                             .b_panel = MUL_WIDE * (uint64_t)n_in,
-                            .c = p->y + row,
-                            .c_row = p->ld,
-                            .c_panel = MUL_WIDE,
-                            .m = m->n,
-                            .n = n,
+                            .c = c,
+                            .c_row = MUL_WIDE,
+                            .c_panel = MUL_WIDE * MUL_WIDE,
+                            .m = n,
+                            .n = mul_padded(m->n),
                             .k = n_in,
                             .add = p->add});
+    give_y(m, p, row, n, c);
 }
 
 static uint32_t items_of(const struct cpu_product *p)
@@ -168,18 +187,33 @@ static void sum_up(const struct multiply *m, uint32_t n_in)
         }
 }
 
+/* [n / 16][n_in][16]; rows that do not exist are 0. */
+static void lay_panels(const struct multiply *m, uint32_t n_in)
+{
+    for (uint64_t i = 0; i < mul_padded(m->n); i++) {
+        float *to = m->panels + i / MUL_WIDE * MUL_WIDE * n_in + i % MUL_WIDE;
+
+        for (uint64_t k = 0; k < n_in; k++)
+            to[k * MUL_WIDE] = i < m->n ? m->x[i * n_in + k] : 0;
+    }
+}
+
 int cpu_blocks_multiply(struct cpu_backend *b, const struct cpu_product *p, uint32_t n_products,
                         const float *x, uint32_t n, struct larder_err *e)
 {
-    uint32_t n_in = p->w->n_in, n_sums = n < MANY ? n * (n_in / SUM_OVER) : 0, n_items = 0;
+    uint32_t n_in = p->w->n_in, n_items = 0, n_threads = b->ref.base.n_threads;
     struct multiply m = {.b = b, .p = p, .x = x, .n = n};
+    bool wide = n >= MANY;
+    uint64_t shared = wide ? (uint64_t)mul_padded(n) * n_in : (uint64_t)n * (n_in / SUM_OVER);
 
-    m.per_worker = (uint64_t)n_in * (n < MANY ? 1 : 2 * MUL_WIDE);
-    m.scratch = mem_aligned(m.per_worker * b->ref.base.n_threads + n_sums, sizeof *m.scratch);
+    m.per_worker = wide ? (uint64_t)MUL_WIDE * (n_in + mul_padded(n)) : n_in;
+    m.scratch = mem_aligned(m.per_worker * n_threads + shared, sizeof *m.scratch);
     if (!m.scratch)
         return larder_fail(e, LARDER_ENOMEM, "no memory for a matrix product");
-    m.sums = m.scratch + m.per_worker * b->ref.base.n_threads;
-    if (n < MANY)
+    m.sums = m.panels = m.scratch + m.per_worker * n_threads;
+    if (wide)
+        lay_panels(&m, n_in);
+    else
         sum_up(&m, n_in);
     for (uint32_t i = 0; i < n_products; i++)
         n_items += items_of(&p[i]);
