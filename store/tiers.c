@@ -68,67 +68,43 @@ static void pack_third_bits(const uint8_t *code, uint8_t *out)
     }
 }
 
-/* First codes of src to *out; returns how many bytes escape, which go to `escaped`. The last group
- * is padded with what does not escape. */
-static uint32_t encode_first(const struct tiers_kernel *k, const uint8_t *src, uint32_t n,
-                             const uint8_t *value, uint8_t *escaped, uint8_t **out)
+/* Codes of src to *out by `escape`; returns how many bytes escape, which go to `escaped`. The last
+ * group is padded with what does not escape. */
+static uint32_t encode(tiers_escape *escape, const uint8_t *src, uint32_t n, const uint8_t *value,
+                       uint32_t group_bytes, uint8_t *escaped, uint8_t *out)
 {
     uint32_t whole = n / TIERS_GROUP, n_escaped;
     uint8_t last[TIERS_GROUP];
 
-    n_escaped = k->escape(src, whole, value, *out, escaped);
-    *out += (size_t)whole * BYTES_1;
+    n_escaped = escape(src, whole, value, out, escaped);
     if (n % TIERS_GROUP) {
         memset(last, value[0], sizeof last);
         memcpy(last, src + (size_t)whole * TIERS_GROUP, n % TIERS_GROUP);
-        n_escaped += k->escape(last, 1, value, *out, escaped + n_escaped);
-        *out += BYTES_1;
+        n_escaped += escape(last, 1, value, out + (size_t)whole * group_bytes, escaped + n_escaped);
     }
     return n_escaped;
-}
-
-/* Second codes of what escaped, then the bytes that escape again. */
-static void encode_second(const uint8_t *src, uint32_t n, const uint8_t *value, uint8_t **out)
-{
-    uint8_t *codes = *out, *raw = codes + (size_t)groups_of(n) * BYTES_2, code_of[256];
-
-    memset(code_of, ESCAPE_2, sizeof code_of);
-    for (unsigned i = 0; i < TIERS_SECOND; i++)
-        code_of[value[i]] = (uint8_t)i;
-    for (uint32_t at = 0; at < n; at += TIERS_GROUP, codes += BYTES_2) {
-        uint32_t m = n - at < TIERS_GROUP ? n - at : TIERS_GROUP;
-        uint8_t code[TIERS_GROUP] = {0};
-
-        for (uint32_t i = 0; i < m; i++) {
-            code[i] = code_of[src[at + i]];
-            if (code[i] == ESCAPE_2)
-                *raw++ = src[at + i];
-        }
-        pack_codes(code, codes);
-        pack_third_bits(code, codes + BYTES_1);
-    }
-    *out = raw;
 }
 
 size_t tiers_encode(const struct tiers_kernel *k, const uint8_t *src, uint32_t n, uint8_t *scratch,
                     uint8_t *out, size_t cap)
 {
-    uint8_t frequent[TIERS_FIRST + TIERS_SECOND], *at = out + TIERS_HEADER;
-    size_t first_bytes = TIERS_HEADER + (size_t)groups_of(n) * BYTES_1;
+    uint8_t frequent[TIERS_FIRST + TIERS_SECOND];
+    size_t n_first = TIERS_HEADER + (size_t)groups_of(n) * BYTES_1, n_codes;
     struct wr w = wr_init(out, TIERS_HEADER);
     uint32_t n_escaped;
 
-    if (cap < first_bytes)
+    if (cap < n_first)
         return 0;
     choose_values(src, n, frequent);
-    n_escaped = encode_first(k, src, n, frequent, scratch, &at);
-    if (cap - first_bytes < (size_t)groups_of(n_escaped) * BYTES_2 + n_escaped)
+    n_escaped = encode(k->escape, src, n, frequent, BYTES_1, scratch, out + TIERS_HEADER);
+    n_codes = n_first + (size_t)groups_of(n_escaped) * BYTES_2;
+    if (cap < n_codes + n_escaped)
         return 0; /* hardly so: that all of them escape again */
-    encode_second(scratch, n_escaped, frequent + TIERS_FIRST, &at);
     wr_u32(&w, n_escaped);
     wr_bytes(&w, frequent, sizeof frequent);
     wr_u16(&w, 0);
-    return (size_t)(at - out);
+    return n_codes + encode(k->escape_again, scratch, n_escaped, frequent + TIERS_FIRST, BYTES_2,
+                            out + n_codes, out + n_first);
 }
 
 /* ---- inner loops, plain */
@@ -149,6 +125,29 @@ static uint32_t escape_plain(const uint8_t *src, uint32_t groups, const uint8_t 
             n += code[i] == ESCAPE_1;
         }
         pack_codes(code, codes);
+    }
+    return n;
+}
+
+static uint32_t escape_again_plain(const uint8_t *src, uint32_t groups, const uint8_t *values,
+                                   uint8_t *codes, uint8_t *escaped)
+{
+    uint8_t code_of[256];
+    uint32_t n = 0;
+
+    memset(code_of, ESCAPE_2, sizeof code_of);
+    for (unsigned i = 0; i < TIERS_SECOND; i++)
+        code_of[values[i]] = (uint8_t)i;
+    for (; groups; groups--, src += TIERS_GROUP, codes += BYTES_2) {
+        uint8_t code[TIERS_GROUP];
+
+        for (unsigned i = 0; i < TIERS_GROUP; i++) {
+            code[i] = code_of[src[i]];
+            if (code[i] == ESCAPE_2)
+                escaped[n++] = src[i];
+        }
+        pack_codes(code, codes);
+        pack_third_bits(code, codes + BYTES_1);
     }
     return n;
 }
@@ -184,7 +183,8 @@ static void first_plain(const uint8_t *codes, uint32_t groups, const uint8_t tab
         }
 }
 
-static const struct tiers_kernel plain = {"generic", escape_plain, second_plain, first_plain};
+static const struct tiers_kernel plain = {"generic", escape_plain, escape_again_plain, second_plain,
+                                          first_plain};
 
 /* ---- inner loops with vectors */
 
@@ -248,6 +248,18 @@ AVX2 static inline __m256i codes_of(const uint8_t *src, const uint8_t *values, u
     return _mm256_or_si256(code, _mm256_andnot_si256(known, _mm256_set1_epi8(ESCAPE_1)));
 }
 
+/* The low two bits of a group's codes, bytes 0..31 and 32..63, as sixteen bytes. */
+AVX2 static inline void put_codes(__m256i lo, __m256i hi, uint8_t *codes)
+{
+    const __m256i two_bits = _mm256_set1_epi8(3);
+    __m256i both = _mm256_or_si256(_mm256_and_si256(lo, two_bits),
+                                   _mm256_slli_epi16(_mm256_and_si256(hi, two_bits), 4));
+
+    _mm_storeu_si128((__m128i *)(void *)codes,
+                     _mm_or_si128(_mm256_castsi256_si128(both),
+                                  _mm_slli_epi16(_mm256_extracti128_si256(both, 1), 2)));
+}
+
 /* The bytes of the mask to `out`; returns its new end. Writes up to eight bytes beyond that. */
 AVX2 static inline uint8_t *put_escaped(const uint8_t *src, uint32_t mask, uint8_t *out)
 {
@@ -269,15 +281,49 @@ AVX2 static uint32_t escape_avx2(const uint8_t *src, uint32_t groups, const uint
     for (; groups; groups--, src += TIERS_GROUP, codes += BYTES_1) {
         uint32_t lo_mask, hi_mask;
         __m256i lo = codes_of(src, values, &lo_mask), hi = codes_of(src + 32, values, &hi_mask);
-        __m256i both = _mm256_or_si256(lo, _mm256_slli_epi16(hi, 4));
 
-        _mm_storeu_si128((__m128i *)(void *)codes,
-                         _mm_or_si128(_mm256_castsi256_si128(both),
-                                      _mm_slli_epi16(_mm256_extracti128_si256(both, 1), 2)));
+        put_codes(lo, hi, codes);
         end = put_escaped(src, lo_mask, end);
         end = put_escaped(src + 32, hi_mask, end);
     }
     return (uint32_t)(end - escaped);
+}
+
+/* Second codes of 32 bytes; *ret_mask: those that escape. */
+AVX2 static inline __m256i second_codes_of(const uint8_t *src, const uint8_t *values,
+                                           uint32_t *ret_mask)
+{
+    const __m256i escape = _mm256_set1_epi8(ESCAPE_2);
+    __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)src), code = escape;
+
+    for (unsigned i = 0; i < TIERS_SECOND; i++) {
+        __m256i is = _mm256_cmpeq_epi8(v, _mm256_set1_epi8((char)values[i]));
+
+        code = _mm256_xor_si256(code, _mm256_and_si256(is, _mm256_set1_epi8((char)(ESCAPE_2 ^ i))));
+    }
+    *ret_mask = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(code, escape));
+    return code;
+}
+
+AVX2 static uint32_t escape_again_avx2(const uint8_t *src, uint32_t groups, const uint8_t *values,
+                                       uint8_t *codes, uint8_t *escaped)
+{
+    uint32_t n = 0;
+
+    for (; groups; groups--, src += TIERS_GROUP, codes += BYTES_2) {
+        uint32_t mask[2], third[2];
+        __m256i code[2];
+
+        for (int half = 0; half < 2; half++) {
+            code[half] = second_codes_of(src + 32 * half, values, &mask[half]);
+            third[half] = (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(code[half], 5));
+        }
+        put_codes(code[0], code[1], codes);
+        memcpy(codes + BYTES_1, third, sizeof third);
+        for (uint64_t m = (uint64_t)mask[1] << 32 | mask[0]; m; m &= m - 1)
+            escaped[n++] = src[__builtin_ctzll(m)];
+    }
+    return n;
 }
 
 /* 0xff in the bytes whose bit is set. */
@@ -400,8 +446,10 @@ VBMI2 static void first_vbmi2(const uint8_t *codes, uint32_t groups, const uint8
     *escaped = from;
 }
 
-static const struct tiers_kernel avx2 = {"avx2", escape_avx2, second_avx2, first_avx2};
-static const struct tiers_kernel vbmi2 = {"avx512vbmi2", escape_avx2, second_vbmi2, first_vbmi2};
+static const struct tiers_kernel avx2 = {"avx2", escape_avx2, escape_again_avx2, second_avx2,
+                                         first_avx2};
+static const struct tiers_kernel vbmi2 = {"avx512vbmi2", escape_avx2, escape_again_avx2,
+                                          second_vbmi2, first_vbmi2};
 
 const struct tiers_kernel *tiers_kernel(unsigned i)
 {

@@ -18,14 +18,16 @@
 #define TIERS_SECOND 7u
 #define TIERS_HEADER 16u
 
+/* Codes of groups of 64 bytes, `values` having one of their own. Bytes that escape go to `escaped`;
+ * returns their number. */
+typedef uint32_t tiers_escape(const uint8_t *src, uint32_t groups, const uint8_t *values,
+                              uint8_t *codes, uint8_t *escaped);
+
 /* The inner loops, one set for each kind of processor. */
 struct tiers_kernel {
     const char *name;
-    /* The opposite of first(): codes of groups of 64 bytes, values[0..3) having one of their own.
-     * Bytes that escape go to `escaped`, which has 64 bytes of room behind them; returns their
-     * number. */
-    uint32_t (*escape)(const uint8_t *src, uint32_t groups, const uint8_t *values, uint8_t *codes,
-                       uint8_t *escaped);
+    tiers_escape *escape;       /* opposite of first(): 3 values, 64 bytes of room behind escaped */
+    tiers_escape *escape_again; /* opposite of second(): 7 values */
     /* Groups of 24 bytes to 64 bytes each; code 7 takes its byte from *raw, and none may be taken
      * beyond end. 0, or -1. */
     int (*second)(const uint8_t *codes, uint32_t groups, const uint8_t table[16],
