@@ -3,7 +3,8 @@
  * bench_client_fetch NAME, with LARDER_SOCKET naming a running larderd. Prints CSV: minimum and
  * median of the fetches, and for comparison one round trip of a small request and a memcpy of as
  * many bytes, in the same run. --fresh measures few fetches with a pause before each: against
- * a daemon with image_cache_bytes=0, every one of them is decoded for it.
+ * a daemon with image_cache_bytes=0, every one of them is decoded for it. --cold measures the
+ * first fetch of all, of a daemon that was just started on a store outside the page cache.
  */
 #include <stdbool.h>
 #include <stdio.h>
@@ -66,28 +67,41 @@ static double copy_us(uint64_t n)
     return median(us, N_COPIES);
 }
 
+static int fetch_all(struct larder *c, const char *name, bool fresh, double *us, int n_runs,
+                     uint64_t *n_bytes, struct larder_err *e)
+{
+    for (int i = 0; i < n_runs; i++) {
+        int rc;
+
+        if (fresh)
+            usleep(REST_US);
+        rc = timed_fetch(c, name, &us[i], n_bytes, e);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
-    bool fresh = argc == 3 && !strcmp(argv[1], "--fresh");
-    int n_runs = fresh ? N_FIRST : N_RUNS, rc;
+    const char *kind = argc == 3 && !strncmp(argv[1], "--", 2) ? argv[1] + 2 : "decoded";
+    bool fresh = !strcmp(kind, "fresh"), cold = !strcmp(kind, "cold");
+    int n_runs = cold ? 1 : fresh ? N_FIRST : N_RUNS, rc;
     const char *name = argv[argc - 1];
     struct larder_err e = {0, ""};
     double us[N_RUNS], rtt = 0;
     struct larder *c = NULL;
     uint64_t n = 0;
 
-    if (argc != 2 && !fresh) {
-        fprintf(stderr, "usage: bench_client_fetch [--fresh] NAME\n");
+    if (argc != 2 && !fresh && !cold) {
+        fprintf(stderr, "usage: bench_client_fetch [--fresh | --cold] NAME\n");
         return 77;
     }
     rc = larder_connect(&c, NULL, WAIT_MS, &e);
-    if (!rc)
+    if (!rc && !cold) /* warms up */
         rc = timed_fetch(c, name, us, &n, &e);
-    for (int i = 0; !rc && i < n_runs; i++) {
-        if (fresh)
-            usleep(REST_US);
-        rc = timed_fetch(c, name, &us[i], &n, &e);
-    }
+    if (!rc)
+        rc = fetch_all(c, name, fresh, us, n_runs, &n, &e);
     if (!rc)
         rc = round_trip(c, &rtt, &e);
     larder_close(c);
@@ -98,7 +112,6 @@ int main(int argc, char **argv)
     qsort(us, (size_t)n_runs, sizeof *us, by_value);
     printf("fetch,mib,runs,min_us,median_us,round_trip_us,memcpy_us\n"
            "%s,%.1f,%d,%.1f,%.1f,%.1f,%.1f\n",
-           fresh ? "fresh" : "decoded", (double)n / (1 << 20), n_runs, us[0], us[n_runs / 2], rtt,
-           copy_us(n));
+           kind, (double)n / (1 << 20), n_runs, us[0], us[n_runs / 2], rtt, copy_us(n));
     return 0;
 }

@@ -22,6 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "larder")
 PEERS_PYTHON = os.path.join(CACHE, "peers", "bin", "python")
 ANSWER_LIMIT_S = 600
+START_S = 30
 REST_S = 0.3  # thread pools spin for a while after their work
 
 
@@ -190,13 +191,12 @@ class Peer(Process):
 
 class Larder:
     """One process a run: its time to read and unpack the weights is told apart."""
-    name = "larder"
 
-    def __init__(self, build, model, directory):
+    def __init__(self, build, model, directory, name="larder", policy="full", options=()):
         self.command = [os.path.join(build, "larder-prefill"), "trace", "--model", model,
-                        "--policy", "full", "--json", "--tokens"]
+                        "--policy", policy, *options, "--json", "--tokens"]
         self.directory = directory
-        self.about = ""
+        self.name, self.about = name, ""
 
     def run(self, n):
         path = write_ids(self.directory, n)
@@ -207,10 +207,44 @@ class Larder:
         j = json.loads(done.stdout)
         self.about = "%s %s %s" % (j["backend"], j["dtype"], j["isa"])
         return {"ms": j["prefill_ms"] - j["load_ms"], "token": j["top_logits"][0][0],
-                "load": j["load_ms"], "peak": j["peak_bytes"] / 1048576}
+                "load": j["load_ms"], "peak": j["peak_bytes"] / 1048576,
+                "sel_layer": j["sel_layer"], "selected": j["selected"]}
 
     def close(self):
         pass
+
+
+class Daemon:
+    """A private larderd with its store in `directory`."""
+
+    def __init__(self, build, directory, model, *settings):
+        os.makedirs(directory, exist_ok=True)
+        self.build, self.socket = build, os.path.join(directory, "larder.sock")
+        with open(os.path.join(directory, "log"), "wb") as log:
+            self.process = subprocess.Popen(
+                [os.path.join(build, "larderd"), "--private", directory, "--model",
+                 "model=" + model] + [x for s in settings for x in ("--set", s)], stderr=log)
+        end = time.monotonic() + START_S
+        while self.call("status").returncode:
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.close()
+                raise Missed("larderd did not start; %s/log says why" % directory)
+            time.sleep(0.1)
+
+    def call(self, *args):
+        return subprocess.run([os.path.join(self.build, "larder")] + list(args) +
+                              ["--socket", self.socket], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+
+    def put(self, path, name, policy):
+        done = self.call("put", "--tokens", path, "--name", name, "--policy", policy, "--wait",
+                         "--json")
+        if done.returncode:
+            raise Missed("put: " + done.stderr.strip())
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait()
 
 
 def write_ids(directory, n):
@@ -237,10 +271,10 @@ def open_peers(names, model, longest, directory, missed):
 
 # ---- the run
 
-def measure(subjects, n, n_runs, missed):
-    """n_runs rounds after one that warms up; results by subject. Ends what fails."""
+def measure(subjects, n, n_runs, missed, warm=1):
+    """n_runs rounds after those that warm up; results by subject. Ends what fails."""
     results = {s.name: [] for s in subjects}
-    for turn in range(-1, n_runs):
+    for turn in range(-warm, n_runs):
         for s in list(subjects):
             time.sleep(REST_S)
             try:

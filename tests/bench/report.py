@@ -5,6 +5,10 @@ import functools
 import sys
 
 PREFILL = {"512": 2, "2048": 2.5, "5000": 3}  # times as fast as the fastest peer
+OF_LIMIT, OF_LIMIT_AMX = 0.6, 0.35  # of oneDNN's rate
+SCORING = 1.03  # of a prefill without
+EXTRA = (("offline", 4), ("offline", 1), ("offline,rows=25%,fit=none", 1), ("cheap", 0.3))
+COLD = 0.8  # of reading as many bytes
 DECODED_TRIPS = 1.3
 ZSTD_DECODE, ZSTD_ENCODE, FAST_ENCODE = 3.5e9, 1.2e9, 1e9  # bytes a second
 ZSTD_RATIO, FAST_RATIO = 1.48, 1.46
@@ -93,7 +97,7 @@ def first_targets(rows):
         for entry in ENTRIES:
             yield ("first token, %s, %s: %g x larder's prefill" % (entry, kind, FIRST_SHARE),
                    median("first token", "larder, %s, %s" % (entry, kind)),
-                   times(FIRST_SHARE, median("first token", "larder, prefill")), "ms")
+                   times(FIRST_SHARE, median("prefill", "larder", "5000")), "ms")
     for kind in ("decoded", "fresh"):
         for entry in ENTRIES:
             yield ("fetch, %s, %s: 1/%d of llama.cpp's restore" % (entry, kind, RESTORE_FACTOR),
@@ -140,21 +144,44 @@ def many_targets(rows):
            median_in(rows, "growth", "longest prefix", sizes[-1]), PREFIX_US, "us")
 
 
-def targets(rows):
-    """Yields (target, measured, limit, unit); None where a figure is missing. The limit is a
-    least one where the unit is a rate or a ratio."""
+def prefill_targets(rows):
+    """Yields what targets() does, of prefills and policies."""
     median = functools.partial(median_in, rows)
     for n, factor in PREFILL.items():
         peers = [float(r["median"]) for r in rows if r["stage"] == "prefill"
                  and r["value"] == n and not r["subject"].startswith("larder")]
         yield ("prefill of %s tokens: the fastest peer / %s" % (n, factor),
                median("prefill", "larder", n), min(peers) / factor if peers else None, "ms")
+    limit = next((r for r in rows if r["stage"] == "limit" and r["value"] == "2048"
+                  and r["unit"] == "us"), None)
+    amx = any("amx" in r["note"] for r in rows if r["stage"] == "machine")
+    share = OF_LIMIT_AMX if amx else OF_LIMIT
+    yield ("prefill of 2048 tokens: %s / %g" % (limit["subject"] if limit else "oneDNN", share),
+           median("prefill", "larder", "2048"),
+           limit and float(limit["median"]) / 1e3 / share, "ms")
+    full = median("policy", "full")
+    yield ("scores in all layers (snapkv): %g x full" % SCORING, median("policy", "snapkv"),
+           times(SCORING, full), "ms")
+    yield ("asl: %g x its share of full" % SCORING, median("policy", "asl"),
+           times(SCORING, median("policy", "asl: its share of full")), "ms")
+    for policy, extra in EXTRA:  # in prefills beside the first
+        yield ("%s: a prefill and %g more" % (policy, extra), median("policy", policy),
+               times(1 + extra, full), "ms")
+
+
+def targets(rows):
+    """Yields (target, measured, limit, unit); None where a figure is missing. The limit is a
+    least one where the unit is a rate or a ratio."""
+    median = functools.partial(median_in, rows)
+    yield from prefill_targets(rows)
     trip = median("fetch", "fresh round_trip"), median("fetch", "fresh memcpy")
     yield ("fetch, not decoded yet: round trip + memcpy", median("fetch", "fresh"),
            None if None in trip else sum(trip), "us")
     trip = median("fetch", "decoded round_trip")
     yield ("fetch, decoded: %s round trips" % DECODED_TRIPS, median("fetch", "decoded"),
            times(DECODED_TRIPS, trip), "us")
+    yield ("fetch, cold: reading as many bytes x %g" % COLD, median("fetch", "cold"),
+           times(COLD, median("fetch", "cold plain file")), "us")
     yield ("worker's peak: weights + hidden states + K/V of a layer + 200 MiB",
            median("memory", "worker"), median("memory", "worker's limit"), "MiB")
     yield from codec_targets(rows)

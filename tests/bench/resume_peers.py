@@ -3,54 +3,20 @@
 
 The document is stored with larderd in advance, whole and pruned, and a decoder that has its model
 open fetches it from two daemons: one that still has the image decoded, and one that keeps none and
-reads, decompresses and verifies the entry each time (fresh). Beside it: larder's own prefill of
-document and question, llama.cpp with a state of the same document that it saved to a file next
-to the store, and PyTorch's prefill. All take turns (peers.py).
+reads, decompresses and verifies the entry each time (fresh). Beside it: llama.cpp with a state of
+the same document that it saved to a file next to the store. All take turns (peers.py). What a
+prefill of the document takes instead is prefill_peers.py's.
 """
 import os
 import shutil
-import subprocess
 import sys
-import time
 
-from peers import (Larder, Missed, Process, arguments, measure, open_peers, session, token_ids,
+from peers import (Daemon, Missed, Process, arguments, measure, open_peers, session, token_ids,
                    write_ids, write_row)
 
 ENTRIES = {"full": "full", "rows512": "snapkv,rows=512", "offline": "offline,rows=25%"}
-EXACT = ("larder", "llama.cpp", "torch-f32", "full, decoded", "full, fresh")
+EXACT = ("llama.cpp", "full, decoded", "full, fresh")
 N_QUESTION = 20
-START_S = 30
-
-
-class Daemon:
-    def __init__(self, build, directory, model, *settings):
-        os.makedirs(directory, exist_ok=True)
-        self.build, self.socket = build, os.path.join(directory, "larder.sock")
-        with open(os.path.join(directory, "log"), "wb") as log:
-            self.process = subprocess.Popen(
-                [os.path.join(build, "larderd"), "--private", directory, "--model",
-                 "model=" + model] + [x for s in settings for x in ("--set", s)], stderr=log)
-        end = time.monotonic() + START_S
-        while self.call("status").returncode:
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.close()
-                raise Missed("larderd did not start; %s/log says why" % directory)
-            time.sleep(0.1)
-
-    def call(self, *args):
-        return subprocess.run([os.path.join(self.build, "larder")] + list(args) +
-                              ["--socket", self.socket], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
-
-    def put(self, path, name, policy):
-        done = self.call("put", "--tokens", path, "--name", name, "--policy", policy, "--wait",
-                         "--json")
-        if done.returncode:
-            raise Missed("put: " + done.stderr.strip())
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait()
 
 
 class Stored:
@@ -119,28 +85,22 @@ def open_stored(args, directory, opened):
 
 def open_subjects(args, directory, missed, opened):
     subjects = open_stored(args, directory, opened)
-    subjects.append(Larder(args.build, args.model, directory))
     longest = args.tokens + N_QUESTION + args.new
-    for peer in open_peers(("torch-f32", "llama.cpp"), args.model, longest, directory, missed):
+    for peer in open_peers(("llama.cpp",), args.model, longest, directory, missed):
         opened.append(peer)
-        if peer.name == "llama.cpp":
-            peer = Restored(peer, args.tokens, args.new, os.path.join(directory, "state"))
-        subjects.append(peer)
+        subjects.append(Restored(peer, args.tokens, args.new, os.path.join(directory, "state")))
     return subjects
 
 
 def write_rows(out, args, results, about):
     for name, runs in results.items():
-        label = {"larder": "larder, prefill", "torch-f32": "torch-f32, prefill",
-                 "llama.cpp": "llama.cpp, restored"}.get(name, "larder, " + name)
+        label = "llama.cpp, restored" if name == "llama.cpp" else "larder, " + name
 
         def row(stage, subject, unit, values, digits=1):
             write_row(out, stage, subject, args.tokens, unit, values, about[name], digits)
         row("first token", label, "ms", [r["ms"] for r in runs])
-        if "fetch_ms" in runs[0]:
-            row("first token", label + ": fetch", "ms", [r["fetch_ms"] for r in runs], 3)
-        if "decode_ms" in runs[0]:
-            row("decode", label, "tokens/s", [args.new * 1e3 / r["decode_ms"] for r in runs])
+        row("first token", label + ": fetch", "ms", [r["fetch_ms"] for r in runs], 3)
+        row("decode", label, "tokens/s", [args.new * 1e3 / r["decode_ms"] for r in runs])
     tokens = {name: runs[0]["token"] for name, runs in results.items() if name in EXACT}
     if len(set(tokens.values())) > 1:
         print("the first token differs: %s" % tokens)

@@ -3,25 +3,25 @@
 # fetches, codecs, many clients, many entries, memory.
 #
 # Starts a private daemon, stores an entry of 2,048 rows per head, runs the bench_* programs on
-# it, then those for many clients and for many entries on stores of their own, then
-# prefill_peers.py and resume_peers.py with the daemon stopped. Prints tables; the same figures go
-# to tests/bench/results/MACHINE.csv, which a run that does not finish leaves alone. RUNS (5) and
-# TOKENS (512,2048,5000) are those of the prefill, ENTRIES (100,10000,100000) the sizes of the
-# growing store: 1,000,000 take 2 GB of memory and minutes. Nothing started here outlives it.
+# it, then those for many clients and for many entries on stores of their own, then the *.py, which
+# start what they need. Prints tables; the same figures go to tests/bench/results/MACHINE.csv, which
+# a run that does not finish leaves alone. RUNS (5) and TOKENS (512,2048,5000) are those of the
+# prefill beside peers, ENTRIES (100,10000,1000000) the sizes of the growing store: the last takes
+# 2 GB of memory and minutes. Nothing started here outlives it.
 . "$(dirname "$0")/../e2e/lib.sh"
 runs=${2:-5}
 lengths=${3:-512,2048,5000}
-entries=${4:-100,10000,100000}
+entries=${4:-100,10000,1000000}
 growing=
-peers=
+running=
 csv=$dir/rows.csv
 rows=2048
 
 end_all() {
     # In the background, because a shell that waits for a program in front hears no signal
-    if [ -n "$peers" ]; then
-        kill "$peers" 2>/dev/null
-        wait "$peers"
+    if [ -n "$running" ]; then
+        kill "$running" 2>/dev/null
+        wait "$running"
     fi
     finish
     [ -z "$growing" ] || rm -rf "$growing"
@@ -71,6 +71,16 @@ bench() {
         }' "$dir/bench" >>"$csv"
 }
 
+# measure SCRIPT OPTION...: a program that appends its own rows
+measure() {
+    script=$1
+    shift
+    python3 "tests/bench/$script" --build "$build" --model "$model" --csv "$csv" "$@" &
+    running=$!
+    wait "$running" || die "$script failed"
+    running=
+}
+
 # Peak of the daemon's worker in MiB; it stays for a while after its job.
 worker_peak() {
     for status in $(grep -l "^PPid:[[:space:]]*$pid\$" /proc/[0-9]*/status 2>/dev/null); do
@@ -104,6 +114,7 @@ store_and_fetch() {
     start_daemon --set image_cache_bytes=0 || exit 1
     bench fetch client_fetch --fresh bench
     stop_daemon
+    measure cold_fetch.py --runs "$runs" --home "$dir/d" --name bench
     bench codec store_codec "$dir/d/store" bench
     bench image ipc_image
     bench "step of a question" prefill_resume "$model" 2048 20
@@ -132,16 +143,6 @@ many_entries() {
     done
 }
 
-with_peers() { # SCRIPT OPTION...
-    script=$1
-    shift
-    python3 "tests/bench/$script" --build "$build" --model "$model" --runs "$runs" --csv "$csv" \
-        "$@" &
-    peers=$!
-    wait "$peers" || die "$script failed"
-    peers=
-}
-
 started=$SECONDS
 tag=$(machine)
 echo "stage,subject,parameter,value,unit,min,median,runs,note" >"$csv"
@@ -150,8 +151,11 @@ echo "machine,load before,processors,$(nproc),,,$(cut -d' ' -f1 /proc/loadavg),,
 store_and_fetch
 many_clients
 many_entries
-with_peers prefill_peers.py --tokens "$lengths"
-with_peers resume_peers.py
+# shellcheck disable=SC2086
+bench limit prefill_gemm "$model" ${lengths//,/ }
+measure prefill_peers.py --runs "$runs" --tokens "$lengths"
+measure policy_cost.py
+measure resume_peers.py --runs "$runs"
 mkdir -p tests/bench/results
 cp "$csv" "tests/bench/results/$tag.csv"
 echo
