@@ -4,6 +4,8 @@
  * into which (layer, KV head) arrays its bytes go. Extents are decoded into a buffer that stays in
  * cache and put from there, each in a short transaction of its own, by as many threads as ask. */
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "bytes.h"
 #include "half.h"
@@ -13,6 +15,7 @@
 #include "store_int.h"
 
 #define BIAS_BLOCK 1024u
+#define AHEAD 8u         /* extents of at most a mebibyte */
 #define TILES_PER_HEAD 3 /* K, V, bias (which may be empty) */
 
 struct store_entry {
@@ -190,6 +193,29 @@ static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i,
     return rc == LARDER_EDAMAGED ? larder_fail_in(e, rc, "extent %u", i) : rc;
 }
 
+/* Have the pages of an extent read while others are decoded. Advice: what fails is read later. */
+static void ask_for(const struct store_entry *en, MDB_txn *txn, uint32_t i)
+{
+    uintptr_t page = (uintptr_t)getpagesize(), into;
+    uint8_t key[EXTENT_KEY_LEN];
+    MDB_val v;
+
+    if (i >= en->m.n_extents)
+        return;
+    extent_key(en->m.entry_id, i, key);
+    if (db_get(en->s, txn, DB_extents, key, sizeof key, &v, NULL))
+        return;
+    into = (uintptr_t)v.mv_data % page;
+    madvise((char *)v.mv_data - into, v.mv_size + into, MADV_WILLNEED);
+}
+
+/* Extents are taken in order: each asks for one further on, the first for those between too. */
+static void read_ahead(const struct store_entry *en, MDB_txn *txn, uint32_t i)
+{
+    for (uint32_t n = i ? AHEAD : 1; n <= AHEAD; n++)
+        ask_for(en, txn, i + n);
+}
+
 /* In a transaction of its own; an entry deleted meanwhile is not damage. */
 static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *c, uint8_t *dst,
                         struct larder_err *e)
@@ -200,6 +226,7 @@ static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *
 
     if (rc)
         return rc;
+    read_ahead(en, txn, i);
     rc = decode_extent(en, txn, i, c, dst, e);
     if (rc == LARDER_EDAMAGED &&
         db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN, &v, NULL) == LARDER_ENOTFOUND)
