@@ -88,7 +88,10 @@ CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-all: $(PROGRAMS) $(CLIENT_LIBS)
+# Worked examples know the installed headers only.
+EXAMPLES := $(patsubst client/%.c,$(B)/%,$(wildcard client/examples/*.c))
+
+all: $(PROGRAMS) $(CLIENT_LIBS) $(EXAMPLES)
 
 # A text that is part of the program (.incbin) is not seen by -MMD.
 $(B)/prefill/calibration.o: $(wildcard prefill/calibration/*.txt)
@@ -137,6 +140,11 @@ $(B)/liblarder.a: $(client_parts)
 	$(Q)$(LD) -r -o $(B)/liblarder.o $^
 	$(Q)$(OBJCOPY) --localize-hidden $(B)/liblarder.o
 	$(Q)ar rcs $@ $(B)/liblarder.o
+
+$(B)/examples/%: client/examples/%.c $(B)/liblarder.a
+	@mkdir -p $(@D)
+	@$(call say,LD,$@)
+	$(Q)$(CC) -std=c99 $(WARN) $(CFLAGS) -Iclient -Ibase -Iipc $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_client) -lm
 
 # ---- tests: tests/unit/test_DIR_what.c links what DIR may use, and nothing else
 UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_*.c))
@@ -209,13 +217,13 @@ demo: all
 	etc/demo.sh --built $(B)
 
 format:
-	clang-format -i $(foreach d,$(DIRS),$(wildcard $d/*.[ch])) $(wildcard tests/*/*.[ch])
+	clang-format -i $(foreach d,$(DIRS),$(wildcard $d/*.[ch])) $(wildcard client/examples/*.c tests/*/*.[ch])
 
 # ---- installation
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/libexec/larder \
 	    $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/doc/larder \
-	    $(DESTDIR)/etc/larder $(DESTDIR)$(PREFIX)/lib/systemd/system \
+	    $(DESTDIR)/etc/larder $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/doc/larder/examples \
 	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
 	    $(foreach s,1 3 5 8,$(DESTDIR)$(PREFIX)/share/man/man$s)
 	install -m 755 $(B)/larderd $(DESTDIR)$(PREFIX)/sbin/larderd
@@ -233,6 +241,7 @@ install: all
 	install -m 644 etc/larder.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/larder.conf
 	test -e $(DESTDIR)/etc/larder/larder.conf || install -m 644 etc/larder.conf $(DESTDIR)/etc/larder/larder.conf
 	install -m 644 README.md DESIGN.md PERFORMANCE.md EVALUATION.md LICENSE ipc/PROTOCOL.md ipc/IMAGE.md store/FORMAT.md $(DESTDIR)$(PREFIX)/share/doc/larder
+	install -m 644 client/examples/*.c $(DESTDIR)$(PREFIX)/share/doc/larder/examples
 
 clean:
 	rm -rf build build-*

@@ -75,6 +75,17 @@ assert e["row_codecs"] == [3], e["row_codecs"]
 PY
 }
 claim "a second reader, written from FORMAT.md, decodes the entry" second_reader
+
+# Rows of a layer as it prints them against those of show, and as many layers
+example() {
+    "$build/examples/decode" a700 >"$dir/walk" || return 1
+    want=$(larder show a700 --json | python3 -c 'import json, sys
+print(" ".join(str(sum(layer)) for layer in json.load(sys.stdin)["rows"]))')
+    same rows "$(awk 'NF == 5 && $1 ~ /^[0-9]+$/ { printf "%s%s", n++ ? " " : "", $2 }' "$dir/walk")" "$want"
+}
+claim "the worked example walks its rows" example
+example_fails() { ! "$build/examples/decode" nothing 2>"$dir/e" && grep -q LARDER_ENOTFOUND "$dir/e"; }
+claim "and says what is not there" example_fails
 cp "$dir/entry" "$dir/fast"
 
 # Half of the rows as int4 codes.
