@@ -11,13 +11,13 @@
 
 #include <utf8proc.h>
 
-enum class { LETTER, NUMBER, SPACE, OTHER, NONE };
+enum char_class { LETTER, NUMBER, SPACE, OTHER, NONE };
 
 /* Letters and digits of Unicode 15.1 and 16.0, which utf8proc 2.8 (Unicode 15.0) does not know
  * and the Hugging Face tokenizers do. Ascending. */
 static const struct {
     uint32_t first, last;
-    enum class is;
+    enum char_class is;
 } newer[] = {
     {0x1c89, 0x1c8a, LETTER},   {0xa7cb, 0xa7cd, LETTER},   {0xa7da, 0xa7dc, LETTER},
     {0x105c0, 0x105f3, LETTER}, {0x10d40, 0x10d49, NUMBER}, {0x10d4a, 0x10d65, LETTER},
@@ -31,26 +31,35 @@ static const struct {
     {0x1e5f1, 0x1e5fa, NUMBER}, {0x2ebf0, 0x2ee5d, LETTER},
 };
 
-static enum class class_of_newer(utf8proc_int32_t c) {
-    for (size_t i = 0; i < sizeof newer / sizeof newer[0];
-         i++) if ((uint32_t)c >= newer[i].first && (uint32_t)c <= newer[i].last) return newer[i]
-        .is;
+static enum char_class class_of_newer(utf8proc_int32_t c)
+{
+    for (size_t i = 0; i < sizeof newer / sizeof newer[0]; i++)
+        if ((uint32_t)c >= newer[i].first && (uint32_t)c <= newer[i].last)
+            return newer[i].is;
     return OTHER;
 }
 
-static enum class class_of(utf8proc_int32_t c) {
-    switch (utf8proc_category(c)){
-        case UTF8PROC_CATEGORY_LU : case UTF8PROC_CATEGORY_LL : case UTF8PROC_CATEGORY_LT : case
-        UTF8PROC_CATEGORY_LM : case UTF8PROC_CATEGORY_LO : return LETTER;
-        case UTF8PROC_CATEGORY_ND : case UTF8PROC_CATEGORY_NL : case
-        UTF8PROC_CATEGORY_NO : return NUMBER;
-        case UTF8PROC_CATEGORY_ZS : case UTF8PROC_CATEGORY_ZL : case
-        UTF8PROC_CATEGORY_ZP : return SPACE;
-        case UTF8PROC_CATEGORY_CN : return class_of_newer(c);
-        default : /* White_Space among the control characters */
-                    return (c >= 9 && c <= 13) || c == 0x85
-            ? SPACE
-            : OTHER;
+static enum char_class class_of(utf8proc_int32_t c)
+{
+    switch (utf8proc_category(c)) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+        return LETTER;
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_NO:
+        return NUMBER;
+    case UTF8PROC_CATEGORY_ZS:
+    case UTF8PROC_CATEGORY_ZL:
+    case UTF8PROC_CATEGORY_ZP:
+        return SPACE;
+    case UTF8PROC_CATEGORY_CN:
+        return class_of_newer(c);
+    default: /* White_Space among the control characters */
+        return (c >= 9 && c <= 13) || c == 0x85 ? SPACE : OTHER;
     }
 }
 
@@ -71,15 +80,17 @@ static utf8proc_int32_t decode(const char *p, size_t len, size_t *n)
 }
 
 /* Class and length of the character at p; NONE at the end. */
-static enum class peek(const char *p, size_t len, size_t *n) {
+static enum char_class peek(const char *p, size_t len, size_t *n)
+{
     utf8proc_int32_t c = decode(p, len, n);
 
-    if (!len) return NONE;
+    if (!len)
+        return NONE;
     return c >= 0 ? class_of(c) : OTHER;
 }
 
 /* Length of the run of characters of class c. */
-static size_t run(const char *p, size_t len, enum class c)
+static size_t run(const char *p, size_t len, enum char_class c)
 {
     size_t at = 0, n;
 
@@ -144,7 +155,7 @@ static size_t spaces(const char *p, size_t len)
 static size_t gpt2(const char *p, size_t len)
 {
     size_t n = contraction(p, len), skip = p[0] == ' ' ? 1 : 0, first;
-    enum class c;
+    enum char_class c;
 
     if (n)
         return n;
@@ -180,7 +191,7 @@ static size_t number(const char *p, size_t len, int most)
 static size_t llama3_like(const char *p, size_t len, int digits)
 {
     size_t n = contraction_any_case(p, len), skip = p[0] == ' ' ? 1 : 0, first, next;
-    enum class c;
+    enum char_class c;
 
     if (n)
         return n;

@@ -5,7 +5,6 @@
  * is handed down at once, so nothing but a normalised copy is ever held beside the text. */
 #include "tokenizer.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <utf8proc.h>
@@ -13,34 +12,12 @@
 #include "added.h"
 #include "bpe.h"
 #include "mem.h"
+#include "nfc.h"
 
 #define MAX_TEXT (1u << 30)
 #define META "\xe2\x96\x81" /* U+2581, which stands for a space */
 
 /* ---- normalisation */
-
-/* No character below U+0300 changes, and none of those has a byte of 0xcc or more. */
-static bool may_change(const char *p, size_t len)
-{
-    for (size_t i = 0; i < len; i++)
-        if ((uint8_t)p[i] >= 0xcc)
-            return true;
-    return false;
-}
-
-static int compose(const char *text, size_t len, char **ret, size_t *ret_len, struct larder_err *e)
-{
-    utf8proc_uint8_t *made = NULL;
-    utf8proc_ssize_t n = utf8proc_map((const utf8proc_uint8_t *)text, (utf8proc_ssize_t)len, &made,
-                                      UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-
-    if (n < 0)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to normalise %zu bytes", len);
-    *ret = mem_dup(made, (uint64_t)n);
-    *ret_len = (size_t)n;
-    free(made); /* utf8proc's own */
-    return *ret ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to normalise %zu bytes", len);
-}
 
 /* The text with spaces for U+2581, and one before it; never longer than text and one byte. */
 static size_t to_spaces(bool prefix, const char *text, size_t len, char *out)
@@ -74,8 +51,8 @@ int tokenizer_normalise(const struct tokenizer *t, bool prefix, const char *text
     char *composed = NULL;
     int rc = 0;
 
-    if (t->nfc && may_change(text, len))
-        rc = compose(text, len, &composed, &len, e);
+    if (t->nfc)
+        rc = nfc_compose(text, len, &composed, &len, e);
     *ret = composed;
     *ret_len = len;
     if (rc || !t->mark_first)
