@@ -11,14 +11,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "bytes.h"
 #include "dequant.h"
 #include "gguf.h"
 #include "mem.h"
 #include "sha256.h"
 #include "size.h"
 #include "template.h"
-#include "tokenizer.h"
+#include "tokenizer_gguf.h"
 
 #define READ_CHUNK (1u << 20) /* bytes of file per pread: fits L2 beside its result */
 #define MAX_HIDDEN (1u << 17)
@@ -297,160 +296,7 @@ static int find_tensors(struct model *m, struct larder_err *e)
     return rc;
 }
 
-/* ---- tokenizer */
-
-enum { TOKEN_NORMAL = 1, TOKEN_CONTROL = 3, TOKEN_USER = 4 };
-
-struct vocab_arrays {
-    const char **token, **merge;
-    uint32_t *token_len, *merge_len;
-    uint8_t *special;
-    uint64_t n_tokens, n_merges;
-};
-
-static int read_strings(const struct gguf *g, const char *key, uint64_t max, const char ***ret,
-                        uint32_t **ret_len, uint64_t *ret_n, struct larder_err *e)
-{
-    const uint8_t *at;
-    uint64_t n;
-    int rc = gguf_get_array(g, key, GGUF_STRING, &n, &at, e);
-
-    if (rc == LARDER_ENOTFOUND)
-        return missing(key, e);
-    if (rc)
-        return rc;
-    if (n > max)
-        return larder_fail(e, LARDER_EMODEL, "key %s has %llu elements; at most %llu", key,
-                           (unsigned long long)n, (unsigned long long)max);
-    *ret = mem_alloc(n, sizeof **ret);
-    *ret_len = mem_alloc(n, sizeof **ret_len);
-    if (!*ret || !*ret_len)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for %s", key);
-    for (uint64_t i = 0; i < n; i++) {
-        struct gguf_str s = gguf_next_str(&at);
-
-        if (s.len > 65535)
-            return larder_fail(e, LARDER_EMODEL, "key %s: element %llu has %llu bytes", key,
-                               (unsigned long long)i, (unsigned long long)s.len);
-        (*ret)[i] = s.p;
-        (*ret_len)[i] = (uint32_t)s.len;
-    }
-    *ret_n = n;
-    return 0;
-}
-
-/* Token types: which tokens are special literals. */
-static int read_types(const struct gguf *g, struct vocab_arrays *v, struct larder_err *e)
-{
-    const uint8_t *at;
-    struct rd r;
-    uint64_t n;
-    int rc = gguf_get_array(g, "tokenizer.ggml.token_type", GGUF_I32, &n, &at, e);
-
-    v->special = mem_zalloc(v->n_tokens, 1);
-    if (!v->special)
-        return larder_fail(e, LARDER_ENOMEM, "no memory");
-    if (rc == LARDER_ENOTFOUND)
-        return 0;
-    if (rc)
-        return rc;
-    if (n != v->n_tokens)
-        return larder_fail(e, LARDER_EMODEL, "%llu token types for %llu tokens",
-                           (unsigned long long)n, (unsigned long long)v->n_tokens);
-    r = rd_init(at, n * 4);
-    for (uint64_t i = 0; i < n; i++) {
-        uint32_t type = rd_u32(&r);
-
-        v->special[i] = type == TOKEN_CONTROL || type == TOKEN_USER;
-    }
-    return 0;
-}
-
-static int read_token_id(const struct gguf *g, const char *key, uint32_t n_vocab, int64_t *ret,
-                         struct larder_err *e)
-{
-    uint32_t id;
-    int rc = gguf_get_u32(g, key, &id, e);
-
-    *ret = -1;
-    if (rc)
-        return rc == LARDER_ENOTFOUND ? 0 : rc;
-    if (id >= n_vocab)
-        return larder_fail(e, LARDER_EMODEL, "key %s is %u; the vocabulary has %u tokens", key, id,
-                           n_vocab);
-    *ret = id;
-    return 0;
-}
-
-/* A string value as a C string; the default when absent. */
-static int copy_str(const struct gguf *g, const char *key, const char *absent, char *out,
-                    size_t cap, struct larder_err *e)
-{
-    struct gguf_str s = {absent, strlen(absent)};
-    int rc = gguf_get_str(g, key, &s, e);
-
-    if (rc && rc != LARDER_ENOTFOUND)
-        return rc;
-    if (s.len >= cap)
-        return larder_fail(e, LARDER_EMODEL, "key %s is too long", key);
-    memcpy(out, s.p, s.len);
-    out[s.len] = '\0';
-    return 0;
-}
-
-static int build_tokenizer(struct model *m, struct vocab_arrays *v, struct larder_err *e)
-{
-    struct tokenizer_spec spec = {.n_vocab = m->p.n_vocab};
-    char kind[64], pre[64];
-    int rc;
-
-    rc = copy_str(m->g, "tokenizer.ggml.model", "", kind, sizeof kind, e);
-    if (!rc)
-        rc = copy_str(m->g, "tokenizer.ggml.pre", "default", pre, sizeof pre, e);
-    if (!rc)
-        rc = read_token_id(m->g, "tokenizer.ggml.bos_token_id", spec.n_vocab, &spec.bos, e);
-    if (!rc)
-        rc = read_token_id(m->g, "tokenizer.ggml.eos_token_id", spec.n_vocab, &spec.eos, e);
-    if (rc)
-        return rc;
-    rc = gguf_get_bool(m->g, "tokenizer.ggml.add_bos_token", &spec.add_bos, e);
-    if (rc && rc != LARDER_ENOTFOUND)
-        return rc;
-    spec.model = kind;
-    spec.pretok = pre;
-    spec.token = v->token;
-    spec.token_len = v->token_len;
-    spec.is_special = v->special;
-    spec.n_merges = (uint32_t)v->n_merges;
-    spec.merge = v->merge;
-    spec.merge_len = v->merge_len;
-    return tokenizer_new(&m->tok, &spec, e);
-}
-
-static int read_tokenizer(struct model *m, struct larder_err *e)
-{
-    struct vocab_arrays v = {0};
-    int rc;
-
-    rc = read_strings(m->g, "tokenizer.ggml.tokens", KV_MAX_VOCAB, &v.token, &v.token_len,
-                      &v.n_tokens, e);
-    if (!rc && v.n_tokens != m->p.n_vocab)
-        rc = larder_fail(e, LARDER_EMODEL, "%llu tokens for an embedding of %u rows",
-                         (unsigned long long)v.n_tokens, m->p.n_vocab);
-    if (!rc)
-        rc = read_types(m->g, &v, e);
-    if (!rc)
-        rc = read_strings(m->g, "tokenizer.ggml.merges", 4ull * KV_MAX_VOCAB, &v.merge,
-                          &v.merge_len, &v.n_merges, e);
-    if (!rc)
-        rc = build_tokenizer(m, &v, e);
-    mem_free(v.token);
-    mem_free(v.token_len);
-    mem_free(v.special);
-    mem_free(v.merge);
-    mem_free(v.merge_len);
-    return rc;
-}
+/* ---- template */
 
 /* The file's own chat template is a program; recognise what it amounts to. */
 static const char *recognise_template(const struct gguf *g)
@@ -491,7 +337,7 @@ int model_open(struct model **ret, const char *path, struct larder_err *e)
     if (!rc)
         rc = find_tensors(m, e);
     if (!rc)
-        rc = read_tokenizer(m, e);
+        rc = tokenizer_from_gguf(&m->tok, m->g, m->p.n_vocab, e);
     if (rc) {
         larder_fail_in(e, rc, "%s", path);
         model_close(m);

@@ -157,7 +157,8 @@ static struct tokenizer *vocabulary(bool pairs)
     const char *token[16 + 100] = {SPACE, "i", "s", ":", SPACE "i", SPACE "is"};
     const char *merge[2 + 100] = {SPACE " i", SPACE "i s"};
     uint32_t token_len[16 + 100], merge_len[2 + 100], n = 6, n_merges = 2;
-    static const uint8_t special[16 + 100];
+    static const uint8_t literal[16 + 100];
+    struct tokenizer_spec spec;
     struct tokenizer *t = NULL;
     struct larder_err e;
 
@@ -179,11 +180,20 @@ static struct tokenizer *vocabulary(bool pairs)
         token_len[i] = (uint32_t)strlen(token[i]);
     for (uint32_t i = 0; i < n_merges; i++)
         merge_len[i] = (uint32_t)strlen(merge[i]);
-    if (tokenizer_new(&t,
-                      &(struct tokenizer_spec){"gpt2", pairs ? "gpt-2" : "smollm", n, token,
-                                               token_len, special, n_merges, merge, merge_len, -1,
-                                               -1, false},
-                      &e))
+    spec = (struct tokenizer_spec){
+        .pretok = pairs ? "gpt-2" : "smollm",
+        .n_vocab = n,
+        .token = token,
+        .token_len = token_len,
+        .literal = literal,
+        .n_merges = n_merges,
+        .merge = merge,
+        .merge_len = merge_len,
+        .bos = -1,
+        .eos = -1,
+        .stage = {pretok_stage(pairs ? "gpt2" : "digits"), pairs ? NULL : pretok_stage("gpt2")},
+    };
+    if (tokenizer_new(&t, &spec, &e))
         fail_msg("%s", e.msg);
     return t;
 }
