@@ -21,6 +21,7 @@
 #include "geom.h"
 #include "layer_file.h"
 #include "log.h"
+#include "path_id.h"
 #include "profile_id.h"
 #include "store.h"
 #include "task.h"
@@ -39,7 +40,7 @@ struct images;
 struct model {
     const struct config_model *conf;
     bool known;
-    uint64_t dev, ino, size, mtime_ns;
+    struct path_id id; /* of what was hashed; size 0: nothing is known */
     uint8_t fp[32], tokenizer_fp[32], template_fp[32];
     char template[64], backend[16], isa[32], dtype[8];
     struct kv_geom geom;

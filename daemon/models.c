@@ -3,7 +3,6 @@
  * The one idea: everything comes from the worker's own words (W_HELLO); the settings remember
  * only the fingerprint of an unchanged file, so that a restart need not hash it again. */
 #include <string.h>
-#include <sys/stat.h>
 
 #include "bytes.h"
 #include "mem.h"
@@ -42,18 +41,17 @@ static void remember_model(struct daemon *d, const struct model *m)
         r.value, sizeof r.value,
         "{\"dev\":%llu,\"ino\":%llu,\"size\":%llu,\"mtime_ns\":%llu,\"fingerprint\":\"%s\","
         "\"tokenizer_fingerprint\":\"%s\",\"template\":\"%s\",\"template_fingerprint\":\"%s\"}",
-        (unsigned long long)m->dev, (unsigned long long)m->ino, (unsigned long long)m->size,
-        (unsigned long long)m->mtime_ns, fp, tok, m->template, tmpl);
+        (unsigned long long)m->id.dev, (unsigned long long)m->id.ino,
+        (unsigned long long)m->id.size, (unsigned long long)m->id.mtime_ns, fp, tok, m->template,
+        tmpl);
     write_quietly(d, remember_run, &r, sizeof r, "model fingerprint");
 }
 
 bool model_same_file(const struct model *m)
 {
-    struct stat st;
+    struct path_id now;
 
-    return !stat(m->conf->path, &st) && st.st_dev == m->dev && st.st_ino == m->ino &&
-           (uint64_t)st.st_size == m->size &&
-           (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec == m->mtime_ns;
+    return path_id_get(m->conf->path, &now) && path_id_same(&now, &m->id);
 }
 
 static void recall_model(struct daemon *d, struct model *m)
@@ -68,16 +66,16 @@ static void recall_model(struct daemon *d, struct model *m)
     o = json_loads(text, 0, NULL);
     mem_free(text);
     /* only the fingerprint is taken: everything else comes from the worker's own words */
-    if (o && !field_u64(o, "dev", FIELD_REQUIRED, UINT64_MAX >> 11, &m->dev, NULL) &&
-        !field_u64(o, "ino", FIELD_REQUIRED, UINT64_MAX >> 11, &m->ino, NULL) &&
-        !field_u64(o, "size", FIELD_REQUIRED, UINT64_MAX >> 11, &m->size, NULL) &&
+    if (o && !field_u64(o, "dev", FIELD_REQUIRED, UINT64_MAX >> 11, &m->id.dev, NULL) &&
+        !field_u64(o, "ino", FIELD_REQUIRED, UINT64_MAX >> 11, &m->id.ino, NULL) &&
+        !field_u64(o, "size", FIELD_REQUIRED, UINT64_MAX >> 11, &m->id.size, NULL) &&
         json_is_integer(json_object_get(o, "mtime_ns")) &&
         !field_hex32(o, "fingerprint", FIELD_REQUIRED, m->fp, &present, NULL)) {
-        m->mtime_ns = (uint64_t)json_integer_value(json_object_get(o, "mtime_ns"));
+        m->id.mtime_ns = (uint64_t)json_integer_value(json_object_get(o, "mtime_ns"));
         if (!model_same_file(m))
-            m->size = 0;
+            m->id.size = 0;
     } else {
-        m->size = 0;
+        m->id.size = 0;
     }
     json_decref(o);
 }
@@ -122,7 +120,10 @@ static int hello_numbers(const json_t *o, struct model *m, struct larder_err *e)
     const struct {
         const char *key;
         uint64_t *to;
-    } id[] = {{"dev", &m->dev}, {"ino", &m->ino}, {"size", &m->size}, {"mtime_ns", &m->mtime_ns}};
+    } id[] = {{"dev", &m->id.dev},
+              {"ino", &m->id.ino},
+              {"size", &m->id.size},
+              {"mtime_ns", &m->id.mtime_ns}};
     int rc = 0;
 
     for (size_t i = 0; !rc && i < sizeof u32 / sizeof u32[0]; i++)

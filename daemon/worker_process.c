@@ -215,9 +215,9 @@ static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int 
              strcmp(c->template, "auto") ? c->template : "");
     snprintf(threads, sizeof threads, "%llu", (unsigned long long)c->threads);
     sha256_hex(m->fp, hex);
-    snprintf(known, sizeof known, "%s=%llu:%llu:%llu:%llu:%s", c->name, (unsigned long long)m->dev,
-             (unsigned long long)m->ino, (unsigned long long)m->size,
-             (unsigned long long)m->mtime_ns, hex);
+    snprintf(known, sizeof known, "%s=%llu:%llu:%llu:%llu:%s", c->name,
+             (unsigned long long)m->id.dev, (unsigned long long)m->id.ino,
+             (unsigned long long)m->id.size, (unsigned long long)m->id.mtime_ns, hex);
     argv[n++] = program;
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
         argv[n++] = fixed[i];
@@ -230,7 +230,7 @@ static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int 
         argv[n++] = "--threads";
         argv[n++] = threads;
     }
-    if (m->size && model_same_file(m)) {
+    if (m->id.size && model_same_file(m)) {
         argv[n++] = "--known";
         argv[n++] = known;
     }
