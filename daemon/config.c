@@ -66,7 +66,7 @@ static const struct key top_keys[] = {
 
 #define MODEL(field) offsetof(struct config_model, field)
 static const struct key model_keys[] = {
-    {"path", STRING, MODEL(path), 0, 0, "", "the model file (GGUF)"},
+    {"path", STRING, MODEL(path), 0, 0, "", "a GGUF file, or a directory as Hugging Face has it"},
     {"backend", STRING, MODEL(backend), 0, 0, "cpu", "cpu or ref"},
     {"dtype", STRING, MODEL(dtype), 0, 0, "auto",
      "auto (bf16 where the processor has it, else f32), bf16 or f32"},

@@ -34,20 +34,33 @@ struct backend_opts {
     uint32_t n_threads;  /* 0: one per processor this process may use */
 };
 
+/* Rows that enter a layer. */
+struct project {
+    const float *hidden;     /* [n][n_hidden] */
+    const uint32_t *pos;     /* [n] rotation positions */
+    const struct rope *rope; /* the document's table (model.h) */
+    uint32_t n, stride;
+    void *q, *k, *v; /* written at rows 0..n-1 of `stride` per head */
+};
+
 /* Stored rows of one KV head that new rows attend to. */
 struct past_rows {
     uint32_t n_rows;
-    enum kv_dtype dtype; /* KV_BF16, KV_F32, KV_INT8 or KV_INT4 */
-    const void *k, *v;   /* [n_rows][head_dim], or tiles (packed.h) */
-    const float *bias;   /* [n_rows] added to the logits, or NULL */
+    enum kv_dtype dtype;      /* KV_BF16, KV_F32, KV_INT8 or KV_INT4 */
+    const void *k, *v;        /* [n_rows][head_dim], or tiles (packed.h) */
+    const float *bias;        /* [n_rows] added to the logits, or NULL */
+    const uint32_t *position; /* [n_rows], ascending; NULL only where no layer slides */
 };
 
+/* In both, `sliding` is the layer's window: a row sees keys less than so many positions before
+ * it, itself included; 0: all. */
 struct attend {
     const void *q; /* rows row0..n-1 are computed */
     const void *k, *v;
-    uint32_t n, row0;
+    uint32_t n, row0; /* rows at consecutive positions where `sliding` is not 0 */
     uint32_t stride;
     void *o; /* rows row0..n-1 are written (at o + i * n_heads * head_dim) */
+    uint32_t sliding;
 };
 
 struct resume {
@@ -57,7 +70,23 @@ struct resume {
     uint32_t q_stride, stride;
     const struct past_rows *past; /* [n_kv_heads] */
     void *o;                      /* [n_new][n_heads * head_dim] */
+    uint32_t sliding;
+    uint32_t pos0; /* position of the tail's first row; the others follow. Used with `sliding` */
 };
+
+/* Of n rows at consecutive positions the last w are looked at, and what they look at. */
+struct window_mass {
+    const void *q, *k;
+    uint32_t n, stride, w;
+    uint32_t sliding; /* as in struct attend */
+    float *mass;      /* [n_heads][n - w] */
+};
+
+/* First of the keys that row `i` of a sequence sees. */
+static inline uint32_t sliding_from(uint32_t sliding, uint32_t i)
+{
+    return sliding && i >= sliding ? i - sliding + 1 : 0;
+}
 
 typedef void backend_item_fn(void *arg, uint32_t item, uint32_t worker);
 
@@ -74,10 +103,10 @@ struct backend_ops {
                       struct larder_err *e);
     void (*layer_free)(struct backend *b, struct layer *l);
 
-    /* q, k, v = RoPE(W · rmsnorm(hidden)); pos[n] are the rotation positions. Rows are
-     * written at index 0..n-1 of buffers with `stride` rows per head. */
-    int (*qkv)(struct backend *b, const struct layer *l, const float *hidden, const uint32_t *pos,
-               uint32_t n, uint32_t stride, void *q, void *k, void *v, struct larder_err *e);
+    /* q, k, v = RoPE(norm(W · rmsnorm(hidden) + bias)), the inner norm (of q and k, per head) and
+     * the bias where the model has them. */
+    int (*qkv)(struct backend *b, const struct layer *l, const struct project *p,
+               struct larder_err *e);
 
     /* Causal attention inside one sequence. */
     int (*attend)(struct backend *b, const struct attend *a, struct larder_err *e);
@@ -87,12 +116,12 @@ struct backend_ops {
                   uint32_t n, struct larder_err *e);
 
     /* Window attention mass (notes: PRUNING 1): for the last w of n rows, softmax over all
-     * visible keys, summed over the w rows: mass[n_heads][n - w], f32, summed in f64
-     * or f32. */
-    int (*window)(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
-                  uint32_t w, float *mass, struct larder_err *e);
+     * visible keys, summed over the w rows, f32, summed in f64 or f32. */
+    int (*window)(struct backend *b, const struct window_mass *x, struct larder_err *e);
 
-    /* New rows attend to all past rows of their KV head (logit + bias) and causally to the tail. */
+    /* New rows attend to all past rows of their KV head (logit + bias) and causally to the tail. In
+     * a layer that slides, to those of both that lie within its window: what was pruned never
+     * moves the others. */
     int (*resume)(struct backend *b, const struct resume *r, struct larder_err *e);
 
     /* Logits of n rows: out[n][n_vocab] f32. `head` may be NULL: then the output matrix is

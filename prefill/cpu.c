@@ -20,6 +20,7 @@
 /* `struct layer` of this backend; ref has its own. The matrices for a pass, or kept ones. */
 struct cpu_layer {
     float *attn_norm, *ffn_norm;
+    struct ref_extras extras;
     struct cpu_matrix qkv, o, gate_up, down;
     struct cpu_kept *kept;
 };
@@ -102,6 +103,7 @@ static void cpu_layer_free(struct backend *b, struct layer *layer)
     cpu_matrix_done(&l->gate_up);
     cpu_matrix_done(&l->down);
     cpu_kept_free(l->kept);
+    ref_extras_done(&l->extras);
     mem_free(l->attn_norm);
     mem_free(l->ffn_norm);
     mem_free(l);
@@ -140,6 +142,8 @@ static int cpu_layer_load(struct backend *b, uint32_t layer, bool kept, struct l
         rc = cpu_read_norm(b, layer, MODEL_ATTN_NORM, &l->attn_norm, e);
     if (!rc)
         rc = cpu_read_norm(b, layer, MODEL_FFN_NORM, &l->ffn_norm, e);
+    if (!rc)
+        rc = ref_extras_load(b, layer, &l->extras, e);
     if (rc) {
         cpu_layer_free(b, (struct layer *)(void *)l);
         return rc;
@@ -152,6 +156,7 @@ static int cpu_layer_load(struct backend *b, uint32_t layer, bool kept, struct l
 
 struct tables {
     struct cpu_backend *b;
+    const struct rope *rope;
     const uint32_t *pos;
     uint32_t n;
 };
@@ -159,31 +164,29 @@ struct tables {
 static void table_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct tables *t = arg;
-    const struct model_params *p = t->b->ref.base.p;
-    uint32_t d = p->geom.head_dim,
+    uint32_t dims = t->b->ref.base.p->rope_dims,
              end = (item + 1) * CPU_ROWS < t->n ? (item + 1) * CPU_ROWS : t->n;
 
     (void)worker;
-    for (uint32_t r = item * CPU_ROWS; r < end; r++)
-        for (uint32_t i = 0; i < d / 2; i++) {
-            double angle = t->pos[r] * pow(p->rope_theta, -2.0 * i / d);
+    for (uint32_t r = item * CPU_ROWS; r < end; r++) {
+        float *to = t->b->rope + (uint64_t)r * dims;
 
-            t->b->rope[(uint64_t)r * d + i] = (float)cos(angle);
-            t->b->rope[(uint64_t)r * d + d / 2 + i] = (float)sin(angle);
-        }
+        rope_angles(t->rope, dims, t->pos[r], to, to + dims / 2);
+    }
 }
 
-static int make_tables(struct cpu_backend *b, const uint32_t *pos, uint32_t n, struct larder_err *e)
+static int make_tables(struct cpu_backend *b, const struct project *p, struct larder_err *e)
 {
-    struct tables t = {b, pos, n};
+    const uint32_t *pos = p->pos, n = p->n;
+    struct tables t = {b, p->rope, pos, n};
 
-    if (b->n_rope == n && !memcmp(b->rope_pos, pos, n * sizeof *pos))
+    if (b->rope_of == p->rope && b->n_rope == n && !memcmp(b->rope_pos, pos, n * sizeof *pos))
         return 0;
     if (n > b->cap_rope) {
         mem_free(b->rope_pos);
         mem_free(b->rope);
         b->rope_pos = mem_alloc(n, sizeof *b->rope_pos);
-        b->rope = mem_aligned((uint64_t)n * b->ref.base.p->geom.head_dim, sizeof *b->rope);
+        b->rope = mem_aligned((uint64_t)n * b->ref.base.p->rope_dims, sizeof *b->rope);
         b->cap_rope = b->rope_pos && b->rope ? n : 0;
         b->n_rope = 0;
         if (!b->cap_rope)
@@ -192,6 +195,7 @@ static int make_tables(struct cpu_backend *b, const uint32_t *pos, uint32_t n, s
     pool_for(b->pool, (n + CPU_ROWS - 1) / CPU_ROWS, table_item, &t);
     memcpy(b->rope_pos, pos, n * sizeof *pos);
     b->n_rope = n;
+    b->rope_of = p->rope;
     return 0;
 }
 
@@ -200,12 +204,10 @@ static int make_tables(struct cpu_backend *b, const uint32_t *pos, uint32_t n, s
 struct work {
     struct cpu_backend *b;
     const struct cpu_layer *l;
-    const float *in;
+    const struct project *r; /* qkv */
     float *hidden;
     const uint8_t *attended; /* o */
     uint32_t n;
-    uint64_t stride;
-    uint8_t *q, *k, *v;
     uint8_t *scratch;
     uint64_t per_worker, x_bytes, y_bytes;
     const struct cpu_shape *shape[2][3]; /* full blocks, last block */
@@ -230,23 +232,28 @@ static void normalise(const struct backend *b, const float *x, const float *norm
     }
 }
 
-/* A projected row into the head-major buffers, q and k rotated. */
-static void scatter(const struct work *w, uint32_t row, const float *y, float *buf)
+/* A projected row into the head-major buffers, q and k normalised and rotated; it is changed. */
+static void scatter(const struct work *w, uint32_t row, float *y, float *buf)
 {
     const struct backend *b = &w->b->ref.base;
     const struct kv_geom *g = &b->p->geom;
-    uint32_t d = g->head_dim, size = elem_bytes(b);
-    const float *cs = w->b->rope + (uint64_t)row * d;
+    const struct ref_extras *extras = &w->l->extras;
+    uint32_t d = g->head_dim, size = elem_bytes(b), dims = b->p->rope_dims;
+    const float *cs = w->b->rope + (uint64_t)row * dims;
 
+    if (extras->bias)
+        cpu_add(extras->bias, w->l->qkv.n_out, y);
     for (uint32_t h = 0; h < g->n_heads + 2 * g->n_kv_heads; h++, y += d) {
         bool is_q = h < g->n_heads, is_k = !is_q && h < g->n_heads + g->n_kv_heads;
-        uint8_t *base = is_q ? w->q : is_k ? w->k : w->v;
-        uint32_t head = is_q ? h : is_k ? h - g->n_heads : h - g->n_heads - g->n_kv_heads;
-        uint8_t *to = base + (head * w->stride + row) * d * size;
-        const float *from = y;
+        uint8_t *base = is_q ? w->r->q : is_k ? w->r->k : w->r->v;
+        uint64_t head = is_q ? h : is_k ? h - g->n_heads : h - g->n_heads - g->n_kv_heads;
+        uint8_t *to = base + (head * w->r->stride + row) * d * size;
+        const float *norm = is_q ? extras->q_norm : is_k ? extras->k_norm : NULL, *from = y;
 
+        if (norm)
+            cpu_rmsnorm(y, norm, d, b->p->norm_eps, y);
         if (is_q || is_k) {
-            cpu_rope(y, cs, d, buf);
+            cpu_rope(y, cs, dims, d, buf);
             from = buf;
         }
         if (b->elem == KV_BF16)
@@ -266,7 +273,7 @@ static void qkv_item(void *arg, uint32_t item, uint32_t worker)
     uint8_t *scratch = x + w->x_bytes + w->y_bytes;
     float buf[KV_MAX_HEAD_DIM];
 
-    normalise(b, w->in + (uint64_t)row * b->p->n_hidden, w->l->attn_norm, rows, x);
+    normalise(b, w->r->hidden + (uint64_t)row * b->p->n_hidden, w->l->attn_norm, rows, x);
     if (cpu_multiply(w->b, shape_for(w, rows, 0), &w->l->qkv, x, y, scratch))
         atomic_store(&w->failed, 1);
     for (uint32_t i = 0; i < rows; i++)
@@ -282,7 +289,7 @@ static void scatter_item(void *arg, uint32_t item, uint32_t worker)
 
     (void)worker;
     for (uint32_t i = item * CPU_ROWS; i < end; i++)
-        scatter(w, i, (const float *)(const void *)w->scratch + i * wide, buf);
+        scatter(w, i, (float *)(void *)w->scratch + i * wide, buf);
 }
 
 static int qkv_kept(struct work *w, struct larder_err *e)
@@ -293,8 +300,8 @@ static int qkv_kept(struct work *w, struct larder_err *e)
     w->scratch = mem_aligned((uint64_t)w->n * n_out, sizeof(float));
     if (!w->scratch)
         return larder_fail(e, LARDER_ENOMEM, "no memory for %u rows", w->n);
-    rc = cpu_kept_qkv(w->b, w->l->kept, w->l->attn_norm, w->in, w->n, (float *)(void *)w->scratch,
-                      e);
+    rc = cpu_kept_qkv(w->b, w->l->kept, w->l->attn_norm, w->r->hidden, w->n,
+                      (float *)(void *)w->scratch, e);
     if (!rc)
         pool_for(w->b->pool, (w->n + CPU_ROWS - 1) / CPU_ROWS, scatter_item, w);
     mem_free(w->scratch);
@@ -332,20 +339,12 @@ static int finish_work(struct work *w, pool_item_fn *fn, struct larder_err *e)
     return w->failed ? larder_fail(e, LARDER_EBACKEND, "oneDNN failed in a matrix product") : 0;
 }
 
-static int cpu_qkv(struct backend *b, const struct layer *layer, const float *hidden,
-                   const uint32_t *pos, uint32_t n, uint32_t stride, void *q, void *k, void *v,
+static int cpu_qkv(struct backend *b, const struct layer *layer, const struct project *r,
                    struct larder_err *e)
 {
-    struct work w = {.b = cpu_of(b),
-                     .l = layer_of(layer),
-                     .in = hidden,
-                     .n = n,
-                     .stride = stride,
-                     .q = q,
-                     .k = k,
-                     .v = v};
-    uint32_t block = n < CPU_ROWS ? n : CPU_ROWS;
-    int rc = make_tables(w.b, pos, n, e);
+    struct work w = {.b = cpu_of(b), .l = layer_of(layer), .r = r, .n = r->n};
+    uint32_t block = r->n < CPU_ROWS ? r->n : CPU_ROWS;
+    int rc = make_tables(w.b, r, e);
 
     if (!rc && w.l->kept)
         return qkv_kept(&w, e);
@@ -438,10 +437,18 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
     uint32_t rows = x->a->n - row < CPU_ATTEND_Q ? x->a->n - row : CPU_ATTEND_Q;
     uint64_t o_stride = (uint64_t)geom->n_heads * d;
 
-    cpu_attend_rows((const uint16_t *)x->a->q + (uint64_t)h * x->a->stride * d,
-                    x->packed + g * x->packed_bytes, x->a->n, d, row, rows,
-                    (uint16_t *)x->a->o + row * o_stride + (uint64_t)h * d, o_stride,
-                    x->scratch + worker * x->scratch_bytes);
+    cpu_attend_rows(&(struct cpu_attend_item){
+        .q = (const uint16_t *)x->a->q + (uint64_t)h * x->a->stride * d,
+        .packed = x->packed + g * x->packed_bytes,
+        .n = x->a->n,
+        .d = d,
+        .row = row,
+        .rows = rows,
+        .sliding = x->a->sliding,
+        .o = (uint16_t *)x->a->o + row * o_stride + (uint64_t)h * d,
+        .o_stride = o_stride,
+        .scratch = x->scratch + worker * x->scratch_bytes,
+    });
 }
 
 static int cpu_attend(struct backend *b, const struct attend *a, struct larder_err *e)

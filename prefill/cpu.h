@@ -40,9 +40,10 @@ struct cpu_backend {
     dnnl_stream_t stream;
     struct cpu_shape shape[CPU_MAX_SHAPES];
     uint32_t n_shapes;
-    uint32_t *rope_pos; /* the table is for these positions */
+    const struct rope *rope_of; /* the angles are those of this table, */
+    uint32_t *rope_pos;         /* for these positions */
     uint32_t n_rope, cap_rope;
-    float *rope; /* [n_rope][2][head_dim / 2]: cos, sin */
+    float *rope; /* [n_rope][2][rope_dims / 2]: cos, sin */
 };
 
 static inline struct cpu_backend *cpu_of(struct backend *b)
@@ -77,7 +78,7 @@ struct cpu_part {
 };
 int cpu_read(struct cpu_backend *b, uint32_t layer, const struct cpu_part *part, uint32_t n_parts,
              struct larder_err *e);
-/* *ret [n_hidden] is the caller's, also on failure. */
+/* *ret [cols of the weight] is the caller's, also on failure. */
 int cpu_read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret,
                   struct larder_err *e);
 
@@ -143,8 +144,9 @@ void cpu_normalise(const struct backend *b, const float *in, const float *norm, 
 void cpu_rmsnorm_bf16(const float *x, const float *w, uint32_t n, double eps, uint16_t *out);
 void cpu_to_bf16(const float *x, uint64_t n, uint16_t *out);
 void cpu_to_f32(const uint16_t *x, uint64_t n, float *out);
-/* Rotate-half; cs: cos [d / 2], sin [d / 2]. */
-void cpu_rope(const float *x, const float *cs, uint32_t d, float *out);
+/* Rotate-half of the first `dims` of d elements; cs: cos [dims / 2], sin [dims / 2]. */
+void cpu_rope(const float *x, const float *cs, uint32_t dims, uint32_t d, float *out);
+void cpu_add(const float *x, uint32_t n, float *to);
 /* row: gate[n_ff], up[n_ff] -> out[n_ff] = silu(gate) * up */
 void cpu_swiglu(const float *row, uint32_t n_ff, float *out);
 void cpu_swiglu_bf16(const float *row, uint32_t n_ff, uint16_t *out);
@@ -161,9 +163,17 @@ uint64_t cpu_attend_pack_bytes(uint32_t n, uint32_t d);
 uint64_t cpu_attend_scratch_bytes(uint32_t d);
 /* Pack K and V [n][d] of one KV head. */
 void cpu_attend_pack(const uint16_t *k, const uint16_t *v, uint32_t n, uint32_t d, uint8_t *packed);
-/* o rows of query rows row .. row+rows-1 of one query head; q: [..][d], o: row stride o_stride. */
-void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint32_t d, uint32_t row,
-                     uint32_t rows, uint16_t *o, uint64_t o_stride, uint8_t *scratch);
+/* o rows of query rows row .. row+rows-1 of one query head; q: [..][d], o: row stride o_stride;
+ * sliding as in struct attend. */
+struct cpu_attend_item {
+    const uint16_t *q;
+    const uint8_t *packed;
+    uint32_t n, d, row, rows, sliding;
+    uint16_t *o;
+    uint64_t o_stride;
+    uint8_t *scratch;
+};
+void cpu_attend_rows(const struct cpu_attend_item *x);
 
 /* ---- cpu_attend.c: many rows, in f32 whatever the element type */
 #define CPU_MANY_ROWS 16u   /* from here on gathering the keys pays ... */
@@ -184,8 +194,7 @@ void cpu_packed_values(const struct past_rows *past, uint32_t d, const float *pr
 /* ---- cpu_score.c: window mass, resumed rows, single dot products */
 /* rows[at .. at + n) · x, rows of the given type. */
 float cpu_dot(const void *rows, enum kv_dtype t, uint64_t at, const float *x, uint32_t n);
-int cpu_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
-               uint32_t w, float *mass, struct larder_err *e);
+int cpu_window(struct backend *b, const struct window_mass *x, struct larder_err *e);
 int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e);
 
 #endif

@@ -2,7 +2,7 @@
  *
  * The one idea: a block of query rows walks over blocks of keys and keeps a running maximum,
  * sum and output, so logits never leave the cache. Stored rows and the sequence's own
- * keys are one list (ref_gather()), of which each row sees a prefix. Both products are
+ * keys are one list (ref_gather()), of which each row sees a range. Both products are
  * mul.h's. Blocks are fixed, so results do not depend on threads. */
 #include <math.h>
 #include <string.h>
@@ -22,6 +22,7 @@ struct attention {
     uint32_t n_rows, row0;
     uint32_t n_keys; /* after the stored ones; the last row sees all of them */
     struct ref_keys *kv;
+    struct ref_sight sight;
     void *o;
     float *scratch;
     uint64_t per_worker;
@@ -45,20 +46,25 @@ static void load_queries(const struct attention *a, uint32_t h, uint32_t row, st
               (float)(1 / sqrt(d)), k->q);
 }
 
-/* Logits of one row become weights relative to the running maximum. */
+/* Logits of one row become weights relative to the running maximum; it sees keys from..to of
+ * those of the step. */
 static void soften(struct block *k, uint32_t i, const struct ref_keys *g, uint32_t at, uint32_t n,
-                   uint32_t pad)
+                   uint32_t pad, uint32_t from)
 {
     float *x = k->logit + (uint64_t)i * KEYS, *o = k->o + (uint64_t)i * pad;
-    uint32_t seen = k->first + i > at ? k->first + i - at : 0;
+    uint32_t to = k->first + i > at ? k->first + i - at : 0, seen;
     float max, keep;
 
-    seen = seen < n ? seen : n;
-    for (uint32_t j = at; g->bias && j < g->n_past && j < at + seen; j++)
+    to = to < n ? to : n;
+    from = from > at ? from - at : 0;
+    from = from < to ? from : to;
+    seen = to - from;
+    for (uint32_t j = at + from; g->bias && j < g->n_past && j < at + to; j++)
         x[j - at] += g->bias[j];
-    max = seen ? fmaxf(k->max[i], cpu_max(x, seen)) : k->max[i];
+    max = seen ? fmaxf(k->max[i], cpu_max(x + from, seen)) : k->max[i];
     keep = seen && k->sum[i] > 0 ? expf(k->max[i] - max) : 1;
-    k->sum[i] = k->sum[i] * keep + cpu_softmax_exp(x, seen, n, max);
+    k->sum[i] = k->sum[i] * keep + cpu_softmax_exp(x + from, seen, n - from, max);
+    memset(x, 0, from * sizeof *x);
     k->max[i] = max;
     for (uint32_t c = 0; c < pad && keep != 1; c++)
         o[c] *= keep;
@@ -84,7 +90,7 @@ static void step(const struct attention *a, struct block *k, const struct ref_ke
                          .n = mul_padded(n),
                          .k = d});
     for (uint32_t i = 0; i < k->rows; i++)
-        soften(k, i, g, at, n, pad);
+        soften(k, i, g, at, n, pad, ref_sees_from(&a->sight, g, k->first + i - 1));
     a->mul(&(struct mul){.a = k->logit,
                          .a_row = KEYS,
                          .a_k = 1,
@@ -143,7 +149,8 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
         k.max[i] = -INFINITY;
         k.sum[i] = 0;
     }
-    for (uint32_t j = 0; j < end; j += KEYS)
+    /* keys that even the first row does not see are nobody's */
+    for (uint32_t j = ref_sees_from(&a->sight, g, k.first - 1) / KEYS * KEYS; j < end; j += KEYS)
         step(a, &k, g, j, end - j < KEYS ? end - j : KEYS);
     store(a, h, row, &k);
 }
@@ -178,6 +185,7 @@ int cpu_attend_f32(struct backend *b, const struct attend *t, struct larder_err 
                           .n_rows = t->n,
                           .row0 = t->row0,
                           .n_keys = t->n,
+                          .sight = {t->sliding, 0},
                           .o = t->o};
 
     return attend(&a, &s, e);
@@ -191,6 +199,7 @@ int cpu_resume_many(struct backend *b, const struct resume *r, struct larder_err
                           .q_stride = r->q_stride,
                           .n_rows = r->n_new,
                           .n_keys = r->n_tail,
+                          .sight = {r->sliding, r->pos0},
                           .o = r->o};
 
     return attend(&a, &s, e);

@@ -168,9 +168,19 @@ static void lay_out(struct rows *w, uint8_t *scratch, uint32_t dim)
     w->sum = w->max + CPU_ATTEND_Q;
 }
 
-/* One row's logits of this step into probabilities; `seen` of `wide` keys are visible. */
-static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint32_t wide,
-                   float scale)
+/* Which of 16 keys from `j` on lie in from..to. */
+static inline __mmask16 within(uint32_t j, uint32_t from, uint32_t to)
+{
+    uint32_t low = from > j ? from - j : 0, high = to > j ? to - j : 0;
+
+    if (low >= 16 || high <= low)
+        return 0;
+    return (__mmask16)((high >= 16 ? 0xffffu : (1u << high) - 1) & ~((1u << low) - 1));
+}
+
+/* One row's logits of this step into probabilities; keys from..to of `wide` are visible. */
+static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t from, uint32_t to,
+                   uint32_t wide, float scale)
 {
     float *x = w->x + (uint64_t)r * CPU_ATTEND_K, *o = w->o + (uint64_t)r * dim;
     uint16_t *p = w->p + (uint64_t)r * CPU_ATTEND_K;
@@ -178,8 +188,8 @@ static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint
     __m512 max = low, sum = _mm512_setzero_ps(), m;
     float new_max, shrink;
 
-    for (uint32_t j = 0; j < seen; j += 16) {
-        __mmask16 k = seen - j >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (seen - j)) - 1);
+    for (uint32_t j = from / 16 * 16; j < to; j += 16) {
+        __mmask16 k = within(j, from, to);
 
         max = _mm512_max_ps(max, _mm512_mask_mul_ps(low, k, _mm512_loadu_ps(x + j), s));
     }
@@ -188,9 +198,7 @@ static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint
     shrink = w->max[r] == -INFINITY ? 0.0f : exp2f(w->max[r] - new_max);
     m = _mm512_set1_ps(new_max);
     for (uint32_t j = 0; j < wide; j += 16) {
-        __mmask16 k = j >= seen        ? 0
-                      : seen - j >= 16 ? (__mmask16)0xffff
-                                       : (__mmask16)((1u << (seen - j)) - 1);
+        __mmask16 k = within(j, from, to);
         __m512 y = _mm512_maskz_mov_ps(
             k, exp2_neg(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), s), m)));
 
@@ -206,34 +214,39 @@ static void soften(struct rows *w, uint32_t r, uint32_t dim, uint32_t seen, uint
 
 /* Keys [key, key + wide) for all rows of the item. */
 static void step(struct rows *w, const uint16_t *pk, const uint16_t *pv, uint32_t dim, uint32_t key,
-                 uint32_t wide, uint32_t row, uint32_t rows, float scale)
+                 uint32_t wide, const struct cpu_attend_item *x, float scale)
 {
-    uint32_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    uint32_t rows = x->rows, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
 
     for (uint32_t t = 0; t < tiles; t++)
         for (uint32_t j = 0; j < wide; j += KEY_PAD)
             dot_tile(w->q + (uint64_t)t * TILE_ROWS * dim, pk + (uint64_t)(key + j) * dim, dim,
                      w->x + (uint64_t)t * TILE_ROWS * CPU_ATTEND_K + j);
     for (uint32_t r = 0; r < rows; r++) {
-        uint32_t last = row + r + 1; /* keys this row sees */
-        uint32_t seen = last <= key ? 0 : last - key < wide ? last - key : wide;
+        uint32_t first = sliding_from(x->sliding, x->row + r), last = x->row + r + 1;
+        uint32_t to = last <= key ? 0 : last - key < wide ? last - key : wide;
+        uint32_t from = first <= key ? 0 : first - key;
 
-        soften(w, r, dim, seen, wide, scale);
+        if (from < to)
+            soften(w, r, dim, from, to, wide, scale);
+        else
+            memset(w->p + (uint64_t)r * CPU_ATTEND_K, 0, wide * sizeof *w->p);
     }
     for (uint32_t t = 0; t < tiles; t++)
         value_rows(w->p + (uint64_t)t * TILE_ROWS * CPU_ATTEND_K, pv + (uint64_t)key * dim, dim,
                    wide, w->o + (uint64_t)t * TILE_ROWS * dim);
 }
 
-void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint32_t d, uint32_t row,
-                     uint32_t rows, uint16_t *o, uint64_t o_stride, uint8_t *scratch)
+void cpu_attend_rows(const struct cpu_attend_item *x)
 {
-    uint32_t keys = pad_keys(n), dim = pad_dim(d), last = pad_keys(row + rows);
-    const uint16_t *pk = (const uint16_t *)packed, *pv = pk + (uint64_t)keys * dim;
+    uint32_t d = x->d, rows = x->rows;
+    uint32_t keys = pad_keys(x->n), dim = pad_dim(d), last = pad_keys(x->row + rows);
+    uint32_t first = sliding_from(x->sliding, x->row) / CPU_ATTEND_K * CPU_ATTEND_K;
+    const uint16_t *pk = (const uint16_t *)x->packed, *pv = pk + (uint64_t)keys * dim;
     float scale = (float)(1.4426950408889634 / sqrt(d)); /* logits as powers of two */
     struct rows w;
 
-    lay_out(&w, scratch, dim);
+    lay_out(&w, x->scratch, dim);
     memset(w.o, 0, 4ull * CPU_ATTEND_Q * dim);
     memset(w.p, 0, 2ull * CPU_ATTEND_Q * CPU_ATTEND_K);
     memset(w.q, 0, 2ull * CPU_ATTEND_Q * dim);
@@ -242,10 +255,9 @@ void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint3
         w.sum[r] = 0;
     }
     for (uint32_t r = 0; r < rows; r++)
-        memcpy(w.q + (uint64_t)r * dim, q + (uint64_t)(row + r) * d, 2ull * d);
-    for (uint32_t key = 0; key < last; key += CPU_ATTEND_K)
-        step(&w, pk, pv, dim, key, last - key < CPU_ATTEND_K ? last - key : CPU_ATTEND_K, row, rows,
-             scale);
+        memcpy(w.q + (uint64_t)r * dim, x->q + (uint64_t)(x->row + r) * d, 2ull * d);
+    for (uint32_t key = first; key < last; key += CPU_ATTEND_K)
+        step(&w, pk, pv, dim, key, last - key < CPU_ATTEND_K ? last - key : CPU_ATTEND_K, x, scale);
     for (uint32_t r = 0; r < rows; r++) {
         const __m512 inv = _mm512_set1_ps(1.0f / w.sum[r]);
 
@@ -253,7 +265,7 @@ void cpu_attend_rows(const uint16_t *q, const uint8_t *packed, uint32_t n, uint3
             __mmask16 k = d - i >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (d - i)) - 1);
             __m512 y = _mm512_mul_ps(_mm512_loadu_ps(w.o + (uint64_t)r * dim + i), inv);
 
-            _mm256_mask_storeu_epi16(o + r * o_stride + i, k, (__m256i)_mm512_cvtneps_pbh(y));
+            _mm256_mask_storeu_epi16(x->o + r * x->o_stride + i, k, (__m256i)_mm512_cvtneps_pbh(y));
         }
     }
 }

@@ -69,7 +69,10 @@ int cpu_read(struct cpu_backend *b, uint32_t layer, const struct cpu_part *part,
 int cpu_read_norm(struct backend *b, uint32_t layer, enum model_weight which, float **ret,
                   struct larder_err *e)
 {
-    *ret = mem_alloc(b->p->n_hidden, sizeof **ret);
+    uint32_t rows, cols;
+
+    model_weight_shape(b->model, which, &rows, &cols);
+    *ret = mem_alloc(cols, sizeof **ret);
     if (!*ret)
         return larder_fail(e, LARDER_ENOMEM, "no memory for a norm");
     return model_read_f32(b->model, layer, which, 0, 1, *ret, e);

@@ -95,9 +95,15 @@ FAST void cpu_to_f32(const uint16_t *x, uint64_t n, float *out)
         out[i] = bf16_to_f32(x[i]);
 }
 
-FAST void cpu_rope(const float *x, const float *cs, uint32_t d, float *out)
+FAST void cpu_add(const float *restrict x, uint32_t n, float *restrict to)
 {
-    uint32_t half = d / 2;
+    for (uint32_t i = 0; i < n; i++)
+        to[i] += x[i];
+}
+
+FAST void cpu_rope(const float *x, const float *cs, uint32_t dims, uint32_t d, float *out)
+{
+    uint32_t half = dims / 2;
     const float *sn = cs + half;
 
     for (uint32_t i = 0; i < half; i++) {
@@ -106,6 +112,8 @@ FAST void cpu_rope(const float *x, const float *cs, uint32_t d, float *out)
         out[i] = a * cs[i] - b * sn[i];
         out[i + half] = b * cs[i] + a * sn[i];
     }
+    if (d > dims)
+        memcpy(out + dims, x + dims, (d - dims) * sizeof *x);
 }
 
 static inline float silu(float x)

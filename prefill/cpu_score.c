@@ -86,9 +86,7 @@ static const float *widen(const void *rows, enum kv_dtype t, uint64_t at, uint32
 
 struct window {
     struct backend *b;
-    const void *q, *k;
-    uint32_t n, stride, w;
-    float *mass;
+    const struct window_mass *x;
     float *scratch; /* [n_threads][per_worker] */
     uint64_t per_worker;
 };
@@ -96,11 +94,12 @@ struct window {
 /* One KV head: its keys in panels, then each query head's window in one product. */
 static void window_item(void *arg, uint32_t item, uint32_t worker)
 {
-    const struct window *x = arg;
-    const struct model_params *p = x->b->p;
+    const struct window *s = arg;
+    const struct window_mass *x = s->x;
+    const struct model_params *p = s->b->p;
     uint32_t d = p->geom.head_dim, group = p->geom.n_heads / p->geom.n_kv_heads, g = item / group;
     uint32_t m = x->n - x->w, wide = ref_padded(x->n);
-    float *panel = x->scratch + worker * x->per_worker;
+    float *panel = s->scratch + worker * s->per_worker;
     float *q = panel + (uint64_t)wide * d, *logit = q + (uint64_t)x->w * d,
           *row = logit + (uint64_t)x->w * wide;
     float *mass = x->mass + (uint64_t)item * m, scale = (float)(1 / sqrt(d));
@@ -108,7 +107,7 @@ static void window_item(void *arg, uint32_t item, uint32_t worker)
                           d, logit, wide, x->n};
 
     for (uint32_t j = 0; j < x->n; j++) {
-        const float *k = widen(x->k, x->b->elem, ((uint64_t)g * x->stride + j) * d, d, row);
+        const float *k = widen(x->k, s->b->elem, ((uint64_t)g * x->stride + j) * d, d, row);
         float *to = panel + (uint64_t)(j / REF_WIDE) * d * REF_WIDE + j % REF_WIDE;
 
         for (uint32_t i = 0; i < d; i++)
@@ -116,34 +115,34 @@ static void window_item(void *arg, uint32_t item, uint32_t worker)
     }
     for (uint32_t i = 0; i < x->w; i++) {
         const float *from =
-            widen(x->q, x->b->elem, ((uint64_t)item * x->stride + m + i) * d, d, row);
+            widen(x->q, s->b->elem, ((uint64_t)item * x->stride + m + i) * d, d, row);
 
         for (uint32_t c = 0; c < d; c++)
             q[(uint64_t)i * d + c] = from[c] * scale;
     }
-    ref_of(x->b)->mul(&mul);
+    ref_of(s->b)->mul(&mul);
     memset(mass, 0, m * sizeof *mass);
     for (uint32_t i = 0; i < x->w; i++) {
-        float *l = logit + (uint64_t)i * wide;
-        uint32_t seen = m + i + 1;
+        uint32_t from = sliding_from(x->sliding, m + i), seen = m + i + 1 - from;
+        float *l = logit + (uint64_t)i * wide + from;
         float sum = cpu_softmax_exp(l, seen, seen, cpu_max(l, seen));
 
-        axpy(1 / sum, l, m, mass);
+        if (from < m)
+            axpy(1 / sum, l, m - from, mass + from);
     }
 }
 
-int cpu_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
-               uint32_t w, float *mass, struct larder_err *e)
+int cpu_window(struct backend *b, const struct window_mass *x, struct larder_err *e)
 {
-    uint32_t d = b->p->geom.head_dim, wide = ref_padded(n);
-    struct window x = {.b = b, .q = q, .k = k, .n = n, .stride = stride, .w = w, .mass = mass};
+    uint32_t d = b->p->geom.head_dim, wide = ref_padded(x->n);
+    struct window s = {.b = b, .x = x};
 
-    x.per_worker = (uint64_t)wide * d + (uint64_t)w * (d + wide) + wide + d;
-    x.scratch = mem_aligned(x.per_worker * b->n_threads, sizeof *x.scratch);
-    if (!x.scratch)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", n);
-    pool_for(cpu_of(b)->pool, b->p->geom.n_heads, window_item, &x);
-    mem_free(x.scratch);
+    s.per_worker = (uint64_t)wide * d + (uint64_t)x->w * (d + wide) + wide + d;
+    s.scratch = mem_aligned(s.per_worker * b->n_threads, sizeof *s.scratch);
+    if (!s.scratch)
+        return larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", x->n);
+    pool_for(cpu_of(b)->pool, b->p->geom.n_heads, window_item, &s);
+    mem_free(s.scratch);
     return 0;
 }
 
@@ -189,15 +188,19 @@ static void values_of(const struct resumed *x, const void *v, enum kv_dtype t, u
 static void soften(const struct resumed *x, uint32_t i, const struct past_rows *past, float *l)
 {
     const struct resume *r = x->r;
-    uint32_t seen = past->n_rows + r->n_tail - r->n_new + i % r->n_new + 1;
+    uint32_t end = past->n_rows + r->n_tail - r->n_new + i % r->n_new + 1;
     uint32_t all = past->n_rows + r->n_tail;
+    const struct ref_keys keys = {.n_past = past->n_rows, .position = past->position};
+    uint32_t from = ref_sees_from(&(struct ref_sight){r->sliding, r->pos0}, &keys, end - 1);
+    uint32_t seen = end - from;
     float sum;
 
     for (uint32_t j = 0; past->bias && j < past->n_rows; j++)
         l[j] += past->bias[j];
-    sum = cpu_softmax_exp(l, seen, all, cpu_max(l, seen));
-    for (uint32_t j = 0; j < seen; j++)
+    sum = cpu_softmax_exp(l + from, seen, all - from, cpu_max(l + from, seen));
+    for (uint32_t j = from; j < end; j++)
         l[j] /= sum;
+    memset(l, 0, from * sizeof *l);
 }
 
 /* One KV head with all query rows of its group. */

@@ -71,13 +71,29 @@ void weights_free(struct weights *w)
     mem_free(w);
 }
 
+/* Where a layer slides, rows need their positions. */
+static int check_positions(const struct backend *b, const struct past_rows *past,
+                           struct larder_err *e)
+{
+    uint32_t n_kv = b->p->geom.n_kv_heads;
+
+    for (uint32_t i = 0; i < b->p->geom.n_layers * n_kv; i++)
+        if (model_sliding(b->p, i / n_kv) && past[i].n_rows && !past[i].position)
+            return larder_fail(e, LARDER_EINVAL,
+                               "rows without positions for a layer with a sliding window");
+    return 0;
+}
+
 int decode_open(struct decode **ret, struct backend *b, const struct weights *w,
                 const struct past_rows *past, uint32_t next_pos, uint32_t max_new,
                 struct larder_err *e)
 {
     const struct kv_geom *g = &b->p->geom;
     struct decode *d;
+    int rc = check_positions(b, past, e);
 
+    if (rc)
+        return rc;
     if (max_new > b->p->n_positions || next_pos > b->p->n_positions - max_new)
         return larder_fail(e, LARDER_ETOOLONG,
                            "the document ends at position %u; %u new tokens would pass the model's "
@@ -165,8 +181,18 @@ static int step_layer(struct decode *d, uint32_t layer, struct step *s, struct l
         .stride = d->max_new,
         .past = d->past + (uint64_t)layer * b->p->geom.n_kv_heads,
         .o = s->o,
+        .sliding = model_sliding(b->p, layer),
+        .pos0 = d->next_pos,
     };
-    int rc = b->ops->qkv(b, d->w->layer[layer], s->hidden, s->pos, s->n, s->n, s->q, s->k, s->v, e);
+    struct project p = {.hidden = s->hidden,
+                        .pos = s->pos,
+                        .rope = model_rope(b->p, d->next_pos),
+                        .n = s->n,
+                        .stride = s->n,
+                        .q = s->q,
+                        .k = s->k,
+                        .v = s->v};
+    int rc = b->ops->qkv(b, d->w->layer[layer], &p, e);
 
     if (rc)
         return rc;

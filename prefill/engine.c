@@ -25,15 +25,15 @@
 struct run {
     struct backend *b;
     const struct model_params *p;
-    const struct policy *policy; /* the first: cuts, where there is one, are its own */
+    const struct policy *policy;  /* the first: cuts, where there is one, are its own */
     const struct rung_want *want; /* the first's progress() is asked */
     uint32_t n_wants;             /* 0: nobody takes rows */
     const char *pass;
-    uint32_t n0;           /* document rows at the start */
-    uint32_t n;            /* document rows now */
-    uint32_t n_probe;      /* rows after them that only ask */
-    uint32_t stride;       /* row capacity per head */
-    uint32_t select;       /* rows that pass a cut */
+    uint32_t n0;      /* document rows at the start */
+    uint32_t n;       /* document rows now */
+    uint32_t n_probe; /* rows after them that only ask */
+    uint32_t stride;  /* row capacity per head */
+    uint32_t select;  /* rows that pass a cut */
     float *hidden;
     uint32_t *pos;      /* rotation positions */
     uint32_t *original; /* positions in the document */
@@ -144,6 +144,27 @@ static int read_probe(struct run *r, uint32_t n, uint32_t **ret, struct larder_e
     return rc;
 }
 
+/* In a layer that slides, a row's place in the list must be its position: nothing may leave the
+ * list while there is something to hide, and rows never get fresh positions, which the stored
+ * ones are not. */
+static int check_sliding(const struct run *r, uint32_t n, struct larder_err *e)
+{
+    bool two = policy_is_two_pass(r->policy);
+
+    for (uint32_t l = 0; l < r->p->geom.n_layers && r->policy->cut != CUT_OFF; l++) {
+        uint32_t sliding = model_sliding(r->p, l);
+
+        if (sliding && (two || n + r->n_probe > sliding))
+            return larder_fail(e, LARDER_EUNSUPPORTED,
+                               "%s, and the model's layers see only %u positions back; use a "
+                               "policy that does not cut tokens, like snapkv or keydiff",
+                               two ? "the policy gives rows fresh positions"
+                                   : "the policy cuts tokens of a longer document",
+                               sliding);
+    }
+    return 0;
+}
+
 /* The rows of ids[n], ready for the first layer. */
 static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                     struct larder_err *e)
@@ -152,6 +173,8 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
     uint32_t *probe = NULL;
     int rc = read_probe(r, n, &probe, e);
 
+    if (!rc)
+        rc = check_sliding(r, n, e);
     r->n0 = r->n = n;
     r->stride = (n + r->n_probe + 15) / 16 * 16;
     r->sel_layer = -1;
@@ -171,17 +194,26 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
 
 static int project(struct run *r, const struct layer *l, struct larder_err *e)
 {
-    return r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n + r->n_probe, r->stride, r->q, r->k,
-                          r->v, e);
+    return r->b->ops->qkv(r->b, l,
+                          &(struct project){.hidden = r->hidden,
+                                            .pos = r->pos,
+                                            .rope = model_rope(r->p, r->n0),
+                                            .n = r->n + r->n_probe,
+                                            .stride = r->stride,
+                                            .q = r->q,
+                                            .k = r->k,
+                                            .v = r->v},
+                          e);
 }
 
 /* Attention and MLP for rows row0 and up. */
-static int advance(struct run *r, const struct layer *l, uint32_t row0, struct larder_err *e)
+static int advance(struct run *r, const struct layer *l, uint32_t layer, uint32_t row0,
+                   struct larder_err *e)
 {
     const struct kv_geom *g = &r->p->geom;
     uint64_t o_row = (uint64_t)g->n_heads * g->head_dim * kv_dtype_bytes(r->b->elem);
     uint32_t n = r->n + r->n_probe;
-    struct attend a = {r->q, r->k, r->v, n, row0, r->stride, r->o};
+    struct attend a = {r->q, r->k, r->v, n, row0, r->stride, r->o, model_sliding(r->p, layer)};
     int rc = r->b->ops->attend(r->b, &a, e);
 
     if (rc)
@@ -338,7 +370,7 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
     if (!rc)
         rc = observe(r, layer, &cut, e);
     if (!rc) /* nothing reads the other rows of the last layer */
-        rc = advance(r, l, last ? r->n - 1 : 0, e);
+        rc = advance(r, l, layer, last ? r->n - 1 : 0, e);
     if (!rc && cut)
         rc = cut_here(r, layer, e);
     if (!rc && r->policy->cut == CUT_DECAY && !last)
@@ -363,7 +395,7 @@ static int scan_layer(struct run *r, uint32_t layer, struct larder_err *e)
     if (!rc)
         r->chose = cut || last;
     if (!rc && !r->chose)
-        rc = advance(r, l, 0, e);
+        rc = advance(r, l, layer, 0, e);
     r->b->ops->layer_free(r->b, l);
     return rc;
 }

@@ -15,6 +15,7 @@
 
 #include "bytes.h"
 #include "dequant.h"
+#include "input.h"
 #include "mem.h"
 #include "size.h"
 
@@ -298,26 +299,6 @@ static int parse(struct gguf *g, uint64_t len, struct larder_err *e)
 
 /* ---- the file */
 
-static int read_at(int fd, uint64_t offset, uint64_t n, void *dst, struct larder_err *e)
-{
-    uint8_t *p = dst;
-
-    while (n) {
-        ssize_t got = pread(fd, p, n > (1u << 30) ? (1u << 30) : (size_t)n, (off_t)offset);
-
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0)
-            return larder_fail(e, LARDER_EIO, "read: %s", strerror(errno));
-        if (!got)
-            return larder_fail(e, LARDER_EMODEL, "the file became shorter while it was read");
-        p += got;
-        offset += (uint64_t)got;
-        n -= (uint64_t)got;
-    }
-    return 0;
-}
-
 static void drop_metadata(struct gguf *g)
 {
     mem_free(g->kv);
@@ -343,7 +324,7 @@ static int read_metadata(struct gguf *g, struct larder_err *e)
         if (!g->buf)
             return larder_fail(e, LARDER_ENOMEM, "no memory for %llu bytes of metadata",
                                (unsigned long long)len);
-        rc = read_at(g->fd, 0, len, g->buf, e);
+        rc = input_read_at(g->fd, 0, len, g->buf, e);
         if (!rc)
             rc = parse(g, len, e);
         if (rc != LARDER_EMODEL || len == most)
@@ -363,19 +344,17 @@ int gguf_open(struct gguf **ret, const char *path, struct larder_err *e)
         return larder_fail(e, LARDER_ENOMEM, "no memory");
     g->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (g->fd < 0) {
-        rc = larder_fail(e, LARDER_EIO, "%s: %s", path, strerror(errno));
+        rc = larder_fail(e, LARDER_EIO, "%s", strerror(errno));
         goto fail;
     }
     if (fstat(g->fd, &st) || !S_ISREG(st.st_mode)) {
-        rc = larder_fail(e, LARDER_EMODEL, "%s: not a regular file", path);
+        rc = larder_fail(e, LARDER_EMODEL, "not a regular file");
         goto fail;
     }
     g->file_bytes = (uint64_t)st.st_size;
     rc = read_metadata(g, e);
-    if (rc) {
-        larder_fail_in(e, rc, "%s", path);
+    if (rc)
         goto fail;
-    }
     *ret = g;
     return 0;
 fail:
@@ -398,17 +377,9 @@ int gguf_fd(const struct gguf *g)
     return g->fd;
 }
 
-int gguf_read(const struct gguf *g, const struct gguf_tensor *t, uint64_t offset, uint64_t n,
-              void *dst, struct larder_err *e)
+uint64_t gguf_bytes(const struct gguf *g)
 {
-    uint64_t end;
-    int rc;
-
-    if (!size_add(offset, n, &end) || end > t->n_bytes)
-        return larder_fail(e, LARDER_EINVAL, "tensor %.*s: read beyond its end", (int)t->name.len,
-                           t->name.p);
-    rc = read_at(g->fd, t->offset + offset, n, dst, e);
-    return rc ? larder_fail_in(e, rc, "tensor %.*s", (int)t->name.len, t->name.p) : 0;
+    return g->file_bytes;
 }
 
 /* ---- look-up */

@@ -1,7 +1,8 @@
 /* gguf.h - bounded reader of GGUF v2 and v3 files.
  *
- * Purpose    Read the metadata (keys, tensor table) of a file that may be hostile, check
- *            it whole, and read tensor bytes on demand with pread. Nothing is mapped.
+ * Purpose    Read the metadata (keys, tensor table) of a file that may be hostile and check
+ *            it whole. Tensor bytes are read by whoever wants them, at the offsets that stand
+ *            here (input.h). Nothing is mapped.
  * Ownership  gguf_open() allocates, gguf_close() frees (NULL allowed). Strings and arrays are
  *            borrowed from the gguf.
  * Threads    Read-only after open; any number of threads may read.
@@ -53,8 +54,9 @@ struct gguf_tensor {
 int gguf_open(struct gguf **ret, const char *path, struct larder_err *e);
 void gguf_close(struct gguf *g);
 
-/* Descriptor of the open file, for fstat and hashing; stays the gguf's. */
+/* Descriptor of the open file, for hashing and weights, and its length; stays the gguf's. */
 int gguf_fd(const struct gguf *g);
+uint64_t gguf_bytes(const struct gguf *g);
 
 bool gguf_has(const struct gguf *g, const char *key);
 
@@ -76,9 +78,5 @@ struct gguf_str gguf_next_str(const uint8_t **at);
 const struct gguf_tensor *gguf_find_tensor(const struct gguf *g, const char *name);
 uint64_t gguf_n_tensors(const struct gguf *g);
 const struct gguf_tensor *gguf_tensor_at(const struct gguf *g, uint64_t i);
-
-/* Read bytes [offset, offset + n) of a tensor. */
-int gguf_read(const struct gguf *g, const struct gguf_tensor *t, uint64_t offset, uint64_t n,
-              void *dst, struct larder_err *e);
 
 #endif

@@ -29,7 +29,8 @@
 
 /* X(name, takes an argument, text in --help) */
 #define OPTION_LIST(X)                                                                             \
-    X(MODEL, "model", 1, "PATH", "model file (worker: NAME=PATH[,template=T], repeatable)")        \
+    X(MODEL, "model", 1, "PATH",                                                                   \
+      "GGUF file or directory (worker: NAME=PATH[,template=T], repeatable)")                       \
     X(FILE, "file", 1, "F", "the document, UTF-8 text")                                            \
     X(DOC_TOKENS, "doc-tokens", 1, "F", "the document as whitespace-separated token ids")          \
     X(TOKENS, "tokens", 1, "F", "token ids (trace: the document; ask: the question)")              \

@@ -2,7 +2,7 @@
  *
  * The one idea: everything that can be wrong with a model is found before W_HELLO, so
  * that a worker that says hello can compute. A fingerprint is taken over from the
- * daemon only if the file is the very one that was hashed. */
+ * daemon only if the path is the very one that was hashed. */
 #include "main_worker.h"
 
 #include <stdio.h>
@@ -41,7 +41,7 @@ static int split_model(const char *arg, struct served *m, struct larder_err *e)
 /* "DEV:INO:SIZE:MTIME_NS:HEX": take HEX over if the rest is this file. */
 static bool use_known(struct model *m, const char *known)
 {
-    struct model_file_id id = model_file_id(m);
+    struct path_id id = model_path_id(m);
     const uint64_t want[4] = {id.dev, id.ino, id.size, id.mtime_ns};
     uint8_t fp[32];
 
@@ -125,7 +125,7 @@ int worker_template_hex(const struct template *t, char out[65], struct larder_er
 static json_t *describe(const struct served *m)
 {
     const struct model_params *p = model_params(m->s.model);
-    struct model_file_id id = model_file_id(m->s.model);
+    struct path_id id = model_path_id(m->s.model);
     char fp_hex[65], tok_hex[65], tmpl_hex[65];
     uint8_t fp[32];
 

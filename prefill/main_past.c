@@ -92,7 +92,7 @@ int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct
             struct larder_rows r = larder_image_rows(&im, l, g);
 
             p->rows[l * im.n_kv_heads + g] =
-                (struct past_rows){r.n_rows, (enum kv_dtype)im.dtype, r.k, r.v, r.bias};
+                (struct past_rows){r.n_rows, (enum kv_dtype)im.dtype, r.k, r.v, r.bias, r.position};
         }
     }
     p->tokens = larder_image_tokens(&im);
@@ -108,7 +108,7 @@ static void take_rows(const struct engine_setup *s, struct past *p)
     for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
         const struct cached_head *h = &p->cache.head[i];
 
-        p->rows[i] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias};
+        p->rows[i] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias, h->position};
     }
     p->n_ctx = p->result.n_ctx;
     p->next_pos = p->result.next_pos;
@@ -252,7 +252,7 @@ bool answer_take(const struct engine_setup *s, struct answer *a, uint32_t id)
     size_t len = 0;
     const char *piece;
 
-    if (a->n == a->max || (!a->ignore_eos && (int64_t)id == tokenizer_eos(t)))
+    if (a->n == a->max || (!a->ignore_eos && model_is_end(s->model, id)))
         return false;
     a->ids[a->n++] = id;
     piece = tokenizer_piece(t, id, &len);

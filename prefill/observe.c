@@ -11,6 +11,8 @@
 #include "mem.h"
 #include "select.h"
 
+#define UNSEEN (-1e30) /* below any score, also when it is multiplied by a worth */
+
 static int no_memory(struct larder_err *e, const struct layer_view *x)
 {
     return larder_fail(e, LARDER_ENOMEM, "no memory to score %u tokens", x->n);
@@ -23,6 +25,14 @@ static uint64_t row_at(const struct layer_view *x, uint32_t head, uint32_t row)
 
 /* ---- attention of the last w rows, probe included */
 
+static int mass_of(const struct layer_view *x, uint32_t n, uint32_t w, float *mass,
+                   struct larder_err *e)
+{
+    struct window_mass m = {x->q, x->k, n, x->stride, w, model_sliding(x->b->p, x->layer), mass};
+
+    return x->b->ops->window(x->b, &m, e);
+}
+
 static int window(const struct layer_view *x, const struct policy *p, uint32_t w, double *score,
                   struct larder_err *e)
 {
@@ -34,7 +44,7 @@ static int window(const struct layer_view *x, const struct policy *p, uint32_t w
     int rc = mass && pooled ? 0 : no_memory(e, x);
 
     if (!rc)
-        rc = x->b->ops->window(x->b, x->q, x->k, n, x->stride, w, mass, e);
+        rc = mass_of(x, n, w, mass, e);
     if (!rc)
         rc = select_head_scores(mass, geom->n_heads, geom->n_kv_heads, m, p->pool_kernel, p->pool,
                                 pooled, e);
@@ -55,7 +65,7 @@ static int last(const struct layer_view *x, double *score, struct larder_err *e)
     int rc = mass ? 0 : no_memory(e, x);
 
     if (!rc)
-        rc = x->b->ops->window(x->b, x->q, x->k, x->n, x->stride, 1, mass, e);
+        rc = mass_of(x, x->n, 1, mass, e);
     for (uint32_t j = 0; j < m && !rc; j++) {
         double sum = 0;
 
@@ -197,10 +207,23 @@ static int score_all(const struct layer_view *x, const struct policy *p, double 
     return larder_fail(e, LARDER_EINTERNAL, "observation %d has no score", (int)p->obs);
 }
 
+/* Rows that the layer's window hides from all that comes after the document go last. */
+static void put_unseen_last(const struct layer_view *x, double *score)
+{
+    uint32_t n = sliding_from(model_sliding(x->b->p, x->layer), x->n_ctx);
+
+    for (uint32_t g = 0; g < x->b->p->geom.n_kv_heads; g++)
+        for (uint32_t j = 0; j < n && j < x->n; j++)
+            score[(uint64_t)g * x->n + j] = UNSEEN;
+}
+
 int observe_layer(const struct layer_view *x, const struct policy *p, double *score,
                   struct larder_err *e)
 {
     int rc = score_all(x, p, score, e);
+
+    if (!rc)
+        put_unseen_last(x, score);
 
     for (uint32_t g = 0; g < x->b->p->geom.n_kv_heads && !rc; g++)
         for (uint32_t j = p->sink; j < x->n - p->n_obs && !rc; j++)

@@ -16,7 +16,8 @@
 struct work {
     const struct layer_view *x;
     ref_mul_fn *mul;
-    uint32_t row0, n;      /* all rows, probe included */
+    uint32_t row0, n; /* all rows, probe included */
+    uint32_t sliding;
     struct ref_keys *keys; /* [n_kv_heads] */
     float *scratch;        /* per worker: a block of queries and its logits */
     uint64_t per_worker;
@@ -24,17 +25,19 @@ struct work {
     void *arg;
 };
 
-/* Written so that a NaN reaches the sum instead of vanishing in a maximum. */
-static void soften(float *x, uint32_t n)
+/* Written so that a NaN reaches the sum instead of vanishing in a maximum. Keys before `from` are
+ * not seen. */
+static void soften(float *x, uint32_t from, uint32_t n)
 {
     float max = -INFINITY;
     double sum = 0;
 
-    for (uint32_t j = 0; j < n; j++)
+    memset(x, 0, from * sizeof *x);
+    for (uint32_t j = from; j < n; j++)
         max = x[j] > max ? x[j] : max;
-    for (uint32_t j = 0; j < n; j++)
+    for (uint32_t j = from; j < n; j++)
         sum += x[j] = expf(x[j] - max);
-    for (uint32_t j = 0; j < n; j++)
+    for (uint32_t j = from; j < n; j++)
         x[j] = (float)(x[j] / sum);
 }
 
@@ -51,7 +54,7 @@ static void block(const struct work *w, uint32_t h, uint32_t row, uint32_t rows,
               scale, q);
     w->mul(&mul);
     for (uint32_t i = 0; i < rows; i++) {
-        soften(logit + i * ld, row + i + 1);
+        soften(logit + i * ld, sliding_from(w->sliding, row + i), row + i + 1);
         w->fn(w->arg, h, row + i, logit + i * ld);
     }
 }
@@ -69,7 +72,12 @@ int observe_attention(const struct layer_view *x, uint32_t row0, attention_row_f
                       struct larder_err *e)
 {
     const struct kv_geom *geom = &x->b->p->geom;
-    struct work w = {.x = x, .row0 = row0, .n = x->n + x->n_probe, .fn = fn, .arg = arg};
+    struct work w = {.x = x,
+                     .row0 = row0,
+                     .n = x->n + x->n_probe,
+                     .sliding = model_sliding(x->b->p, x->layer),
+                     .fn = fn,
+                     .arg = arg};
     struct ref_source keys = {x->k, NULL, x->b->elem, w.n, x->stride, NULL};
     const char *isa;
     int rc = ref_gather(geom, &keys, &w.keys, e);
@@ -117,7 +125,8 @@ static int sum_heads(const struct layer_view *x, struct sums *s, struct larder_e
 
 int observe_all(const struct layer_view *x, double *score, struct larder_err *e)
 {
-    uint32_t group = observe_group(x), n = x->n;
+    uint32_t group = observe_group(x), n = x->n, sliding = model_sliding(x->b->p, x->layer);
+    uint32_t sees = sliding ? sliding : n; /* a row is seen by so many at most */
     struct sums s = {.n = n};
     int rc = sum_heads(x, &s, e);
 
@@ -127,7 +136,7 @@ int observe_all(const struct layer_view *x, double *score, struct larder_err *e)
 
             for (uint32_t h = g * group; h < (g + 1) * group; h++)
                 sum += s.head[(uint64_t)h * n + j];
-            score[(uint64_t)g * n + j] = sum / group / (n - j); /* rows that see row j */
+            score[(uint64_t)g * n + j] = sum / group / (n - j < sees ? n - j : sees);
         }
     }
     mem_free(s.head);

@@ -32,13 +32,15 @@ struct work {
     double *prob; /* [n_heads][n] */
 };
 
-/* cos and sin of a position, dims / 2 each. */
-static void angles(const struct model_params *p, double pos, double weight, double *to)
+/* cos and sin of a position, dims / 2 each. The attention factor stays in the queries: turned by
+ * angles alone they keep it, as the keys do. */
+static void angles(const struct layer_view *x, double pos, double weight, double *to)
 {
-    uint32_t half = p->rope_dims / 2;
+    const struct rope *rope = model_rope(x->b->p, x->n_ctx);
+    uint32_t half = x->b->p->rope_dims / 2;
 
     for (uint32_t i = 0; i < half; i++) {
-        double angle = pos * pow(p->rope_theta, -2.0 * i / p->rope_dims);
+        double angle = pos * rope->freq[i];
 
         to[i] += cos(angle) * weight;
         to[half + i] += sin(angle) * weight;
@@ -203,9 +205,9 @@ int observe_expected(const struct layer_view *x, const struct policy *p, double 
     if (!w.cs || !w.turn || !w.scratch || !w.prob)
         rc = larder_fail(e, LARDER_ENOMEM, "no memory for query statistics of %u tokens", x->n);
     for (uint32_t t = 0; t < x->n && !rc; t++)
-        angles(x->b->p, x->pos[t], 1, w.cs + (uint64_t)t * d);
+        angles(x, x->pos[t], 1, w.cs + (uint64_t)t * d);
     for (uint32_t t = 0; t < FUTURE && !rc; t++)
-        angles(x->b->p, x->n_ctx + t, 1.0 / FUTURE, w.turn);
+        angles(x, x->n_ctx + t, 1.0 / FUTURE, w.turn);
     if (!rc) {
         ref_for(x->b, geom->n_heads, head_item, &w);
         combine(&w, p, score);

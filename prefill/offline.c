@@ -174,6 +174,26 @@ static int plan(struct run *r, uint32_t chunk, uint32_t percent, struct larder_e
     return rc;
 }
 
+/* Asking for what a layer cannot see says nothing about what to keep of it: all that is repeated
+ * and quoted must lie within every window, which then hides nothing. */
+static int check_reach(const struct run *r, struct larder_err *e)
+{
+    uint32_t after = r->probes ? r->probes->n_rows : 0;
+
+    after = r->replay->max_rows > after ? r->replay->max_rows : after;
+    for (uint32_t l = 0; l < r->p->geom.n_layers; l++) {
+        uint32_t sliding = model_sliding(r->p, l);
+
+        if (sliding && (uint64_t)r->n + after > sliding)
+            return larder_fail(e, LARDER_EUNSUPPORTED,
+                               "a replay of %u tokens takes %u more, and the model's layers see "
+                               "%u positions back; use snapkv, keydiff or full, or split the "
+                               "document",
+                               r->n, after, sliding);
+    }
+    return 0;
+}
+
 static int run_init(struct run *r, uint32_t chunk, uint32_t percent, struct larder_err *e)
 {
     int rc = plan(r, chunk, percent, e);
@@ -183,6 +203,9 @@ static int run_init(struct run *r, uint32_t chunk, uint32_t percent, struct lard
                          r->replay->chunk[0].start, r->n, e);
     if (!rc && any_fits(r))
         rc = match_open(&r->match, r->b, r->replay, MATCH_SPAN, e);
+    if (rc)
+        return rc;
+    rc = check_reach(r, e);
     if (rc)
         return rc;
     r->n_all = r->n + r->replay->n_rows + (r->probes ? (1 + r->n_rungs) * r->probes->n_rows : 0);
@@ -201,7 +224,8 @@ static void *at_row(const struct run *r, void *x, uint64_t row, uint64_t width)
 
 static int attend_document(struct run *r, uint32_t row0, struct larder_err *e)
 {
-    struct attend a = {r->q, r->k, r->v, r->n, row0, (uint32_t)r->stride, r->o};
+    /* no layer slides here: check_reach() */
+    struct attend a = {r->q, r->k, r->v, r->n, row0, (uint32_t)r->stride, r->o, 0};
 
     return r->b->ops->attend(r->b, &a, e);
 }
@@ -237,9 +261,12 @@ static int attend_others(struct run *r, bool last, struct larder_err *e)
     int rc = 0;
 
     for (uint32_t h = 0; h < g->n_kv_heads; h++)
-        r->past[h] =
-            (struct past_rows){r->n, r->b->elem, at_row(r, r->k, h * r->stride, g->head_dim),
-                               at_row(r, r->v, h * r->stride, g->head_dim), NULL};
+        r->past[h] = (struct past_rows){r->n,
+                                        r->b->elem,
+                                        at_row(r, r->k, h * r->stride, g->head_dim),
+                                        at_row(r, r->v, h * r->stride, g->head_dim),
+                                        NULL,
+                                        r->pos};
     for (uint32_t i = 0; i < r->replay->n_chunks && !last && !rc; i++)
         rc = attend_part(r, r->n + (uint64_t)r->replay->chunk[i].first, r->replay->chunk[i].n, e);
     if (!rc)
@@ -361,13 +388,20 @@ static int observe(struct run *r, uint32_t layer, struct larder_err *e)
 static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
 {
     struct layer *l = NULL;
+    struct project p = {.hidden = r->hidden,
+                        .pos = r->pos,
+                        .rope = model_rope(r->p, r->n),
+                        .n = r->n_all,
+                        .stride = (uint32_t)r->stride,
+                        .q = r->q,
+                        .k = r->k,
+                        .v = r->v};
     int rc = pass_progress(r->sink, "prefill", layer, r->p->geom.n_layers, e);
 
     if (!rc)
         rc = pass_load_layer(r->b, layer, &l, &r->load_ms, e);
     if (!rc)
-        rc = r->b->ops->qkv(r->b, l, r->hidden, r->pos, r->n_all, (uint32_t)r->stride, r->q, r->k,
-                            r->v, e);
+        rc = r->b->ops->qkv(r->b, l, &p, e);
     if (!rc)
         rc = observe(r, layer, e);
     if (!rc)
@@ -463,9 +497,8 @@ static int take_results(struct run *r, struct engine_result *ret, struct larder_
     return rc;
 }
 
-int offline_prefill(struct backend *b, const struct engine_doc *doc,
-                    const struct rung_want *want, uint32_t n_wants, struct engine_result *ret,
-                    struct larder_err *e)
+int offline_prefill(struct backend *b, const struct engine_doc *doc, const struct rung_want *want,
+                    uint32_t n_wants, struct engine_result *ret, struct larder_err *e)
 {
     const struct policy *p = want[0].policy;
     struct run r = {

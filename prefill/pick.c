@@ -82,13 +82,21 @@ static int add_scores(struct scan *s, uint32_t layer, struct larder_err *e)
 
 static int scan_layer(struct scan *s, uint32_t layer, bool last, struct larder_err *e)
 {
-    struct attend a = {s->q, s->k, s->v, s->n, 0, s->stride, s->o};
+    struct attend a = {s->q, s->k, s->v, s->n, 0, s->stride, s->o, model_sliding(s->p, layer)};
+    struct project p = {.hidden = s->hidden,
+                        .pos = s->pos,
+                        .rope = model_rope(s->p, s->n),
+                        .n = s->n,
+                        .stride = s->stride,
+                        .q = s->q,
+                        .k = s->k,
+                        .v = s->v};
     struct layer *l = NULL;
     double load_ms = 0;
     int rc = pass_load_layer(s->b, layer, &l, &load_ms, e);
 
     if (!rc)
-        rc = s->b->ops->qkv(s->b, l, s->hidden, s->pos, s->n, s->stride, s->q, s->k, s->v, e);
+        rc = s->b->ops->qkv(s->b, l, &p, e);
     if (!rc)
         rc = add_scores(s, layer, e);
     if (!rc && !last)

@@ -94,18 +94,7 @@ void ref_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *
         out[i] = x[i] * scale * w[i];
 }
 
-/* cos and sin of pos * theta^(-2i/rope_dims), i < rope_dims/2. */
-static void rope_table(const struct model_params *p, uint32_t pos, float *cosine, float *sine)
-{
-    for (uint32_t i = 0; i < p->rope_dims / 2; i++) {
-        double angle = pos * pow(p->rope_theta, -2.0 * i / p->rope_dims);
-
-        cosine[i] = (float)cos(angle);
-        sine[i] = (float)sin(angle);
-    }
-}
-
-/* Rotate-half: (a, b) -> (a cos - b sin, b cos + a sin), b half a head above a. */
+/* Rotate-half: (a, b) -> (a cos - b sin, b cos + a sin), b half of the dims above a. */
 static void rope(float *x, uint32_t dims, const float *cosine, const float *sine)
 {
     uint32_t half = dims / 2;
@@ -123,11 +112,7 @@ static void rope(float *x, uint32_t dims, const float *cosine, const float *sine
 struct qkv_work {
     struct backend *b;
     const struct layer *l;
-    const float *hidden;
-    const uint32_t *pos;
-    uint32_t n;
-    uint64_t stride;
-    float *q, *k, *v;
+    const struct project *r;
     float *scratch;
     uint64_t per_worker;
 };
@@ -137,16 +122,22 @@ static void scatter_row(const struct qkv_work *w, uint32_t row, float *x, float 
     const struct model_params *p = w->b->p;
     uint32_t d = p->geom.head_dim, half = p->rope_dims / 2;
     uint32_t n_heads = p->geom.n_heads, n_kv = p->geom.n_kv_heads;
+    const struct ref_extras *extras = &w->l->extras;
 
-    rope_table(p, w->pos[row], trig, trig + half);
+    for (uint32_t i = 0; extras->bias && i < (n_heads + 2 * n_kv) * d; i++)
+        x[i] += extras->bias[i];
+    rope_angles(w->r->rope, p->rope_dims, w->r->pos[row], trig, trig + half);
     for (uint32_t h = 0; h < n_heads + 2 * n_kv; h++, x += d) {
         bool is_q = h < n_heads, is_k = !is_q && h < n_heads + n_kv;
-        float *to = is_q ? w->q : is_k ? w->k : w->v;
-        uint32_t head = is_q ? h : is_k ? h - n_heads : h - n_heads - n_kv;
+        float *to = is_q ? w->r->q : is_k ? w->r->k : w->r->v;
+        const float *norm = is_q ? extras->q_norm : is_k ? extras->k_norm : NULL;
+        uint64_t head = is_q ? h : is_k ? h - n_heads : h - n_heads - n_kv;
 
+        if (norm)
+            ref_rmsnorm(x, norm, d, p->norm_eps, x);
         if (is_q || is_k)
             rope(x, p->rope_dims, trig, trig + half);
-        memcpy(to + (head * w->stride + row) * d, x, d * sizeof *x);
+        memcpy(to + (head * w->r->stride + row) * d, x, d * sizeof *x);
     }
 }
 
@@ -155,7 +146,7 @@ static void qkv_item(void *arg, uint32_t item, uint32_t worker)
     const struct qkv_work *w = arg;
     const struct model_params *p = w->b->p;
     uint32_t row = item * REF_BLOCK;
-    uint32_t n = w->n - row < REF_BLOCK ? w->n - row : REF_BLOCK;
+    uint32_t n = w->r->n - row < REF_BLOCK ? w->r->n - row : REF_BLOCK;
     uint32_t n_out = w->l->qkv.n_out;
     float *x = w->scratch + worker * w->per_worker;
     float *y = x + (uint64_t)REF_BLOCK * p->n_hidden;
@@ -163,24 +154,23 @@ static void qkv_item(void *arg, uint32_t item, uint32_t worker)
     struct ref_mul m = ref_by(&w->l->qkv, x, p->n_hidden, n, y, n_out);
 
     for (uint32_t i = 0; i < n; i++)
-        ref_rmsnorm(w->hidden + (uint64_t)(row + i) * p->n_hidden, w->l->attn_norm, p->n_hidden,
+        ref_rmsnorm(w->r->hidden + (uint64_t)(row + i) * p->n_hidden, w->l->attn_norm, p->n_hidden,
                     p->norm_eps, x + (uint64_t)i * p->n_hidden);
     ref_of(w->b)->mul(&m);
     for (uint32_t i = 0; i < n; i++)
         scatter_row(w, row + i, y + (uint64_t)i * n_out, trig);
 }
 
-static int ref_qkv(struct backend *b, const struct layer *l, const float *hidden,
-                   const uint32_t *pos, uint32_t n, uint32_t stride, void *q, void *k, void *v,
+static int ref_qkv(struct backend *b, const struct layer *l, const struct project *r,
                    struct larder_err *e)
 {
-    struct qkv_work w = {b, l, hidden, pos, n, stride, q, k, v, NULL, 0};
+    struct qkv_work w = {b, l, r, NULL, 0};
 
     w.per_worker = (uint64_t)REF_BLOCK * (b->p->n_hidden + l->qkv.n_out) + b->p->rope_dims;
     w.scratch = ref_scratch(b, w.per_worker);
     if (!w.scratch)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to project %u tokens", n);
-    ref_for(b, (n + REF_BLOCK - 1) / REF_BLOCK, qkv_item, &w);
+        return larder_fail(e, LARDER_ENOMEM, "no memory to project %u tokens", r->n);
+    ref_for(b, (r->n + REF_BLOCK - 1) / REF_BLOCK, qkv_item, &w);
     mem_free(w.scratch);
     return 0;
 }

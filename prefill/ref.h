@@ -48,8 +48,15 @@ struct ref_backend {
     ref_mul_fn *mul;
 };
 
+/* What happens to a projected row before it is rotated; NULL where the model has no such thing. */
+struct ref_extras {
+    float *bias;            /* [(n_heads + 2 n_kv_heads) head_dim]: of q, k and v */
+    float *q_norm, *k_norm; /* [head_dim] */
+};
+
 struct layer {
     float *attn_norm, *ffn_norm;
+    struct ref_extras extras;
     struct ref_matrix qkv, o, gate, up, down;
 };
 
@@ -81,6 +88,11 @@ void ref_pack_rows(struct ref_matrix *w, uint32_t row0, const float *src, uint32
 /* out[i] = x[i] / rms(x) * w */
 void ref_rmsnorm(const float *x, const float *w, uint32_t n, double eps, float *out);
 
+/* A layer's extras; to be released also after a failure. */
+int ref_extras_load(const struct backend *b, uint32_t layer, struct ref_extras *x,
+                    struct larder_err *e);
+void ref_extras_done(struct ref_extras *x);
+
 /* fn(arg, item, worker) for each item below n; `worker` < the backend's n_threads. */
 void ref_for(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg);
 
@@ -105,7 +117,17 @@ struct ref_keys {
     float *v;          /* [n_keys][padded head_dim], or NULL */
     const float *bias; /* of the first n_past keys, or NULL; borrowed */
     uint32_t n_past;
+    const uint32_t *position; /* of the first n_past keys, or NULL; borrowed */
 };
+
+/* Which keys of such a list a row sees: those of a range that ends with its own. */
+struct ref_sight {
+    uint32_t sliding; /* the layer's window; 0: the range begins with the first key */
+    uint32_t pos0;    /* position of the first key after the stored ones */
+};
+
+/* The first key that the row whose own key has number `own` sees. */
+uint32_t ref_sees_from(const struct ref_sight *s, const struct ref_keys *g, uint32_t own);
 
 struct ref_source {
     const void *k, *v; /* [n_kv_heads][stride][head_dim]; v NULL: keys only */
@@ -122,7 +144,6 @@ void ref_gather_free(struct ref_keys *g, uint32_t n_kv_heads);
 
 int ref_attend(struct backend *b, const struct attend *a, struct larder_err *e);
 int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e);
-int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
-               uint32_t w, float *mass, struct larder_err *e);
+int ref_window(struct backend *b, const struct window_mass *x, struct larder_err *e);
 
 #endif

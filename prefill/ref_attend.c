@@ -2,8 +2,8 @@
  * rows, and the window mass.
  *
  * The one idea: all three are the same thing, rows of queries against a list of
- * keys of which each row sees a prefix. Keys of a KV head are gathered once into
- * f32 panels (stored rows first, then the sequence's own); a resumed row therefore
+ * keys of which each row sees a range that ends with its own. Keys of a KV head are gathered
+ * once into f32 panels (stored rows first, then the sequence's own); a resumed row therefore
  * computes bit for bit what the same row of one long prefill computes. */
 #include "ref.h"
 
@@ -24,6 +24,7 @@ struct attention {
     uint32_t n_keys;     /* after the stored ones; the last query row sees all of them */
     uint32_t n_blocks;   /* of REF_BLOCK rows, per query head */
     struct ref_keys *kv; /* [n_kv_heads] */
+    struct ref_sight sight;
     float *scratch;
     uint64_t per_worker;
     float *o;    /* attention output, or NULL */
@@ -79,6 +80,7 @@ static int gather_past(struct ref_keys *g, const struct past_rows *p, uint32_t d
                        float *row)
 {
     g->bias = p->bias;
+    g->position = p->position;
     g->n_past = p->n_rows;
     if (packed_type(p->dtype))
         return gather_packed(g, p, d, pad);
@@ -145,25 +147,46 @@ int ref_gather(const struct kv_geom *geom, const struct ref_source *s, struct re
     return 0;
 }
 
-/* p[0..n) = softmax(x * scale + bias), zero up to `wide`. */
-static void softmax_row(float *x, uint32_t n, uint32_t wide, float scale, const struct ref_keys *g)
+uint32_t ref_sees_from(const struct ref_sight *s, const struct ref_keys *g, uint32_t own)
+{
+    uint32_t row = own - g->n_past, pos = s->pos0 + row, lo = 0, hi = g->n_past;
+
+    if (!s->sliding || pos < s->sliding)
+        return 0;
+    if (row >= s->sliding)
+        return g->n_past + sliding_from(s->sliding, row);
+    while (lo < hi) { /* the first stored row near enough */
+        uint32_t mid = lo + (hi - lo) / 2;
+
+        if (g->position[mid] > pos - s->sliding)
+            hi = mid;
+        else
+            lo = mid + 1;
+    }
+    return lo;
+}
+
+/* p[from..n) = softmax(x * scale + bias), zero before and up to `wide`. */
+static void softmax_row(float *x, uint32_t from, uint32_t n, uint32_t wide, float scale,
+                        const struct ref_keys *g)
 {
     float max = -INFINITY;
     double sum = 0;
 
-    for (uint32_t j = 0; j < n; j++) {
+    memset(x, 0, from * sizeof *x);
+    for (uint32_t j = from; j < n; j++) {
         x[j] *= scale;
         if (g->bias && j < g->n_past)
             x[j] += g->bias[j];
         /* written so that a NaN reaches the sum instead of vanishing in a maximum */
         max = x[j] > max ? x[j] : max;
     }
-    for (uint32_t j = 0; j < n; j++) {
+    for (uint32_t j = from; j < n; j++) {
         x[j] = expf(x[j] - max);
         sum += x[j];
     }
     scale = (float)(1 / sum);
-    for (uint32_t j = 0; j < n; j++)
+    for (uint32_t j = from; j < n; j++)
         x[j] *= scale;
     memset(x + n, 0, (wide - n) * sizeof *x);
 }
@@ -205,7 +228,8 @@ static void attend_item(void *arg, uint32_t item, uint32_t worker)
 
     logits(a, h, row, n, n_keys, x, ld);
     for (uint32_t i = 0; i < n; i++)
-        softmax_row(x + i * ld, first + i, n_keys, scale, g);
+        softmax_row(x + i * ld, ref_sees_from(&a->sight, g, first + i - 1), first + i, n_keys,
+                    scale, g);
     a->mul(&(struct ref_mul){x, ld, n, g->v, ref_padded(d), REF_WIDE, n_keys,
                              a->o + ((uint64_t)row * n_heads + h) * d, (uint64_t)n_heads * d, d});
 }
@@ -244,6 +268,7 @@ int ref_attend(struct backend *b, const struct attend *t, struct larder_err *e)
                           .n_rows = t->n,
                           .row0 = t->row0,
                           .n_keys = t->n,
+                          .sight = {t->sliding, 0},
                           .o = t->o};
     int rc = ref_gather(&b->p->geom, &s, &a.kv, e);
 
@@ -256,8 +281,12 @@ int ref_attend(struct backend *b, const struct attend *t, struct larder_err *e)
 int ref_resume(struct backend *b, const struct resume *r, struct larder_err *e)
 {
     struct ref_source s = {r->k, r->v, KV_F32, r->n_tail, r->stride, r->past};
-    struct attention a = {
-        .q = r->q, .q_stride = r->q_stride, .n_rows = r->n_new, .n_keys = r->n_tail, .o = r->o};
+    struct attention a = {.q = r->q,
+                          .q_stride = r->q_stride,
+                          .n_rows = r->n_new,
+                          .n_keys = r->n_tail,
+                          .sight = {r->sliding, r->pos0},
+                          .o = r->o};
     int rc = ref_gather(&b->p->geom, &s, &a.kv, e);
 
     if (!rc)
@@ -281,45 +310,45 @@ static void window_item(void *arg, uint32_t h, uint32_t worker)
 
     memset(sum, 0, m * sizeof *sum);
     for (uint32_t i = 0; i < w; i++) {
-        uint32_t n = m + i + 1;
+        uint32_t n = m + i + 1, from = sliding_from(a->sight.sliding, m + i);
         double max = -INFINITY, total = 0;
 
         logits(a, h, m + i, 1, n, x, ld);
-        for (uint32_t j = 0; j < n; j++) {
+        for (uint32_t j = from; j < n; j++) {
             p[j] = x[j] * scale;
             max = p[j] > max ? p[j] : max;
         }
-        for (uint32_t j = 0; j < n; j++)
+        for (uint32_t j = from; j < n; j++)
             total += p[j] = exp(p[j] - max);
-        for (uint32_t j = 0; j < m; j++)
+        for (uint32_t j = from; j < m; j++)
             sum[j] += p[j] / total;
     }
     for (uint32_t j = 0; j < m; j++)
         a->mass[(uint64_t)h * m + j] = (float)sum[j];
 }
 
-int ref_window(struct backend *b, const void *q, const void *k, uint32_t n, uint32_t stride,
-               uint32_t w, float *mass, struct larder_err *e)
+int ref_window(struct backend *b, const struct window_mass *x, struct larder_err *e)
 {
     const struct kv_geom *geom = &b->p->geom;
-    struct ref_source s = {k, NULL, KV_F32, n, stride, NULL};
+    struct ref_source s = {x->k, NULL, KV_F32, x->n, x->stride, NULL};
     struct attention a = {.mul = ref_of(b)->mul,
                           .geom = geom,
-                          .q = q,
-                          .q_stride = stride,
-                          .n_rows = w,
-                          .n_keys = n,
-                          .mass = mass};
+                          .q = x->q,
+                          .q_stride = x->stride,
+                          .n_rows = x->w,
+                          .n_keys = x->n,
+                          .sight = {x->sliding, 0},
+                          .mass = x->mass};
     int rc = ref_gather(geom, &s, &a.kv, e);
 
     if (rc)
         return rc;
-    a.per_worker = 5 * (uint64_t)ref_padded(n); /* one f32 row and two f64 rows */
+    a.per_worker = 5 * (uint64_t)ref_padded(x->n); /* one f32 row and two f64 rows */
     a.scratch = ref_scratch(b, a.per_worker);
     if (a.scratch)
         ref_for(b, geom->n_heads, window_item, &a);
     else
-        rc = larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", n);
+        rc = larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", x->n);
     mem_free(a.scratch);
     ref_gather_free(a.kv, geom->n_kv_heads);
     return rc;

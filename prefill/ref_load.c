@@ -75,10 +75,52 @@ static int qkv_load(const struct backend *b, uint32_t layer, struct ref_matrix *
 static int vector_load(const struct backend *b, uint32_t layer, enum model_weight which,
                        float **ret, struct larder_err *e)
 {
-    *ret = mem_alloc(b->p->n_hidden, sizeof **ret);
+    uint32_t rows, cols;
+
+    model_weight_shape(b->model, which, &rows, &cols);
+    *ret = mem_alloc(cols, sizeof **ret);
     if (!*ret)
         return no_memory(e, "a norm");
     return model_read_f32(b->model, layer, which, 0, 1, *ret, e);
+}
+
+static int bias_load(const struct backend *b, uint32_t layer, float **ret, struct larder_err *e)
+{
+    static const enum model_weight which[] = {MODEL_Q_BIAS, MODEL_K_BIAS, MODEL_V_BIAS};
+    const struct kv_geom *g = &b->p->geom;
+    float *at = mem_alloc((g->n_heads + 2ull * g->n_kv_heads) * g->head_dim, sizeof *at);
+    int rc = 0;
+
+    *ret = at;
+    if (!at)
+        return no_memory(e, "a bias");
+    for (int i = 0; i < 3 && !rc; i++) {
+        uint32_t rows, cols;
+
+        model_weight_shape(b->model, which[i], &rows, &cols);
+        rc = model_read_f32(b->model, layer, which[i], 0, rows, at, e);
+        at += rows;
+    }
+    return rc;
+}
+
+int ref_extras_load(const struct backend *b, uint32_t layer, struct ref_extras *x,
+                    struct larder_err *e)
+{
+    int rc = b->p->has_qkv_bias ? bias_load(b, layer, &x->bias, e) : 0;
+
+    if (!rc && b->p->has_qk_norm)
+        rc = vector_load(b, layer, MODEL_Q_NORM, &x->q_norm, e);
+    if (!rc && b->p->has_qk_norm)
+        rc = vector_load(b, layer, MODEL_K_NORM, &x->k_norm, e);
+    return rc;
+}
+
+void ref_extras_done(struct ref_extras *x)
+{
+    mem_free(x->bias);
+    mem_free(x->q_norm);
+    mem_free(x->k_norm);
 }
 
 int ref_layer_load(struct backend *b, uint32_t layer, bool kept, struct layer **ret,
@@ -93,6 +135,8 @@ int ref_layer_load(struct backend *b, uint32_t layer, bool kept, struct layer **
     rc = vector_load(b, layer, MODEL_ATTN_NORM, &l->attn_norm, e);
     if (!rc)
         rc = vector_load(b, layer, MODEL_FFN_NORM, &l->ffn_norm, e);
+    if (!rc)
+        rc = ref_extras_load(b, layer, &l->extras, e);
     if (!rc)
         rc = qkv_load(b, layer, &l->qkv, e);
     if (!rc)
@@ -118,6 +162,7 @@ void ref_layer_free(struct backend *b, struct layer *l)
         return;
     mem_free(l->attn_norm);
     mem_free(l->ffn_norm);
+    ref_extras_done(&l->extras);
     mem_free(l->qkv.panel);
     mem_free(l->o.panel);
     mem_free(l->gate.panel);

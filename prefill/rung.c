@@ -23,7 +23,8 @@ static int rung_open(struct rung *r, const struct backend *b, const struct rung_
     uint32_t rows;
     int rc = policy_rows(p, &p->rows, n, &rows, e);
 
-    *r = (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .n = n};
+    *r =
+        (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
     if (!rc)
         rc = keep_init(&r->keep, p, r->geom, b->elem, n, rows, e);
     if (!rc && keep_waits(&r->keep))
@@ -89,9 +90,30 @@ static int refit(struct rung *r, uint32_t head, struct match *m, struct larder_e
     return match_fit(m, &o, head, h->position, h->n_rows, v, r->bias + at, e);
 }
 
+/* Rows that the layer's window hides from all that comes after the document are not kept: they
+ * are the first ones. One row stays, whatever the window. */
+static void drop_unseen(struct rung *r, uint32_t layer)
+{
+    uint32_t first = sliding_from(model_sliding(r->params, layer), r->n);
+
+    for (uint32_t g = 0; g < r->geom->n_kv_heads; g++) {
+        struct kept_rows *h = &r->keep.heads[g];
+        uint64_t bytes = (uint64_t)kv_dtype_bytes(h->dtype) * r->geom->head_dim;
+
+        while (h->n_rows > 1 && *h->position < first) {
+            h->n_rows--;
+            h->position++;
+            h->k = (const uint8_t *)h->k + bytes;
+            h->v = (const uint8_t *)h->v + bytes;
+        }
+    }
+}
+
 static int deliver(struct rung *r, uint32_t layer, struct match *m, struct larder_err *e)
 {
     int rc = 0;
+
+    drop_unseen(r, layer);
 
     for (uint32_t g = 0; g < r->geom->n_kv_heads && rung_fits(r) && !rc; g++)
         rc = refit(r, g, m, e);
@@ -132,6 +154,6 @@ void rung_past(const struct rung *r, struct past_rows *past)
     for (uint32_t g = 0; g < r->geom->n_kv_heads; g++) {
         const struct kept_rows *h = &r->keep.heads[g];
 
-        past[g] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias};
+        past[g] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias, h->position};
     }
 }

@@ -109,7 +109,7 @@ static int use_image(struct decoder *d, const struct larder_image *im, struct la
     for (uint32_t i = 0; i < g->n_layers * g->n_kv_heads; i++) {
         struct larder_rows r = larder_image_rows(im, i / g->n_kv_heads, i % g->n_kv_heads);
 
-        d->past[i] = (struct past_rows){r.n_rows, (enum kv_dtype)im->dtype, r.k, r.v, r.bias};
+        d->past[i] = (struct past_rows){r.n_rows, (enum kv_dtype)im->dtype, r.k, r.v, r.bias, r.position};
     }
     return 0;
 }

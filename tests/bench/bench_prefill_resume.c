@@ -56,7 +56,7 @@ static struct past_rows make_past(enum kv_dtype t, const float *x, uint32_t n, u
         packed_from_k(t, x, n, d, k);
         packed_from_v(t, x, n, d, v);
     }
-    return (struct past_rows){n, t, k, v, NULL};
+    return (struct past_rows){n, t, k, v, NULL, NULL};
 }
 
 /* The attention of every layer. */

@@ -24,7 +24,7 @@ only '(dnnl|oneapi)' '^prefill/cpu' oneDNN
 only 'utf8proc' '^prefill/' utf8proc
 only 'event2?[/.]' '^daemon/' libevent
 only 'systemd/' '^daemon/' libsystemd
-only 'jansson\.h' '^(ipc|client|daemon|prefill)/' jansson
+only 'jansson\.h' '^(ipc|client|daemon)/|^prefill/(main|safetensors|hf_config|model_hf|tokenizer_json)' jansson
 only 'openssl/' '^base/sha256\.c$' libcrypto
 
 for s in MDB_NOSYNC MDB_NOMETASYNC MDB_WRITEMAP MDB_NORDAHEAD MDB_MAPASYNC; do

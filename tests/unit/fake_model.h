@@ -12,6 +12,7 @@
 #include "dequant.h"
 #include "half.h"
 #include "model.h"
+#include "rope.h"
 #include "testlib.h"
 
 struct model {
@@ -35,6 +36,9 @@ enum {
 
 static inline struct model fake_model(void)
 {
+    static double freq[FAKE_HEAD_DIM / 2];
+
+    rope_plain(1e4, FAKE_HEAD_DIM, freq);
     return (struct model){
         .p = {.arch = "llama",
               .name = "fake",
@@ -45,6 +49,7 @@ static inline struct model fake_model(void)
               .n_positions = FAKE_POSITIONS,
               .rope_dims = FAKE_HEAD_DIM,
               .rope_theta = 1e4,
+              .rope = {freq, 1},
               .norm_eps = 1e-5},
         .v_scale = 1,
         .nan_layer = -1,
@@ -67,12 +72,23 @@ void model_weight_shape(const struct model *m, enum model_weight w, uint32_t *ro
     const struct model_params *p = &m->p;
     uint32_t q = p->geom.n_heads * p->geom.head_dim, kv = p->geom.n_kv_heads * p->geom.head_dim;
     const uint32_t shape[MODEL_WEIGHTS][2] = {
-        [MODEL_ATTN_NORM] = {1, p->n_hidden},  [MODEL_Q] = {q, p->n_hidden},
-        [MODEL_K] = {kv, p->n_hidden},         [MODEL_V] = {kv, p->n_hidden},
-        [MODEL_O] = {p->n_hidden, q},          [MODEL_FFN_NORM] = {1, p->n_hidden},
-        [MODEL_GATE] = {p->n_ff, p->n_hidden}, [MODEL_UP] = {p->n_ff, p->n_hidden},
-        [MODEL_DOWN] = {p->n_hidden, p->n_ff}, [MODEL_EMBED] = {p->n_vocab, p->n_hidden},
-        [MODEL_OUT_NORM] = {1, p->n_hidden},   [MODEL_HEAD] = {p->n_vocab, p->n_hidden},
+        [MODEL_ATTN_NORM] = {1, p->n_hidden},
+        [MODEL_Q] = {q, p->n_hidden},
+        [MODEL_K] = {kv, p->n_hidden},
+        [MODEL_V] = {kv, p->n_hidden},
+        [MODEL_O] = {p->n_hidden, q},
+        [MODEL_FFN_NORM] = {1, p->n_hidden},
+        [MODEL_GATE] = {p->n_ff, p->n_hidden},
+        [MODEL_UP] = {p->n_ff, p->n_hidden},
+        [MODEL_DOWN] = {p->n_hidden, p->n_ff},
+        [MODEL_EMBED] = {p->n_vocab, p->n_hidden},
+        [MODEL_OUT_NORM] = {1, p->n_hidden},
+        [MODEL_HEAD] = {p->n_vocab, p->n_hidden},
+        [MODEL_Q_BIAS] = {q, 1},
+        [MODEL_K_BIAS] = {kv, 1},
+        [MODEL_V_BIAS] = {kv, 1},
+        [MODEL_Q_NORM] = {1, p->geom.head_dim},
+        [MODEL_K_NORM] = {1, p->geom.head_dim},
     };
 
     *rows = shape[w][0];
@@ -88,13 +104,21 @@ static inline uint32_t fake_head(const struct model *m, uint32_t row)
     return m->swapped_heads ? (2 * first + group - 1 - h) * d + row % d : row;
 }
 
+/* What keeps matrices apart; fixed, so that a new one leaves the others as they are. */
+static const uint8_t fake_salt[MODEL_WEIGHTS] = {
+    [MODEL_Q] = 1,        [MODEL_K] = 2,         [MODEL_V] = 3,       [MODEL_O] = 4,
+    [MODEL_FFN_NORM] = 5, [MODEL_GATE] = 6,      [MODEL_UP] = 7,      [MODEL_DOWN] = 8,
+    [MODEL_EMBED] = 9,    [MODEL_OUT_NORM] = 10, [MODEL_HEAD] = 11,   [MODEL_Q_BIAS] = 12,
+    [MODEL_K_BIAS] = 13,  [MODEL_V_BIAS] = 14,   [MODEL_Q_NORM] = 15, [MODEL_K_NORM] = 16,
+};
+
 static inline float fake_weight(const struct model *m, uint32_t layer, enum model_weight w,
                                 uint32_t row, uint32_t col)
 {
     static const float scale[MODEL_WEIGHTS] = {
-        [MODEL_Q] = .45f,    [MODEL_K] = .45f,   [MODEL_V] = .15f,
-        [MODEL_O] = .15f,    [MODEL_GATE] = .2f, [MODEL_UP] = .2f,
-        [MODEL_DOWN] = .15f, [MODEL_EMBED] = 1,  [MODEL_HEAD] = .3f,
+        [MODEL_Q] = .45f,   [MODEL_K] = .45f,   [MODEL_V] = .15f,    [MODEL_O] = .15f,
+        [MODEL_GATE] = .2f, [MODEL_UP] = .2f,   [MODEL_DOWN] = .15f, [MODEL_EMBED] = 1,
+        [MODEL_HEAD] = .3f, [MODEL_Q_BIAS] = 1, [MODEL_K_BIAS] = 1,  [MODEL_V_BIAS] = .3f,
     };
     uint64_t seed;
     float x;
@@ -107,11 +131,12 @@ static inline float fake_weight(const struct model *m, uint32_t layer, enum mode
         col = fake_head(m, col);
     if (w == MODEL_HEAD || w == MODEL_EMBED || w == MODEL_OUT_NORM || m->frozen)
         layer = 0;
-    seed = ((uint64_t)layer << 48 | (uint64_t)w << 40 | (uint64_t)row << 20 | col) + 1;
+    seed = ((uint64_t)layer << 48 | (uint64_t)fake_salt[w] << 40 | (uint64_t)row << 20 | col) + 1;
     seed *= 0x9e3779b97f4a7c15ULL;
     test_rand(&seed);
     x = test_randf(&seed);
-    if (w == MODEL_ATTN_NORM || w == MODEL_FFN_NORM || w == MODEL_OUT_NORM)
+    if (w == MODEL_ATTN_NORM || w == MODEL_FFN_NORM || w == MODEL_OUT_NORM || w == MODEL_Q_NORM ||
+        w == MODEL_K_NORM)
         return 1 + x / 4;
     x *= scale[w];
     if (w == MODEL_V)

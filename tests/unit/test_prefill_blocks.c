@@ -163,12 +163,13 @@ static void steps_of_a_layer(struct backend *b, bool kept, uint32_t n, const flo
 {
     uint32_t pos[LONG];
     struct layer *l = NULL;
+    struct project p = {hidden, pos, &b->p->rope, n, n, q, k, v};
 
     for (uint32_t i = 0; i < n; i++)
         pos[i] = 7 + i;
     memcpy(hidden, in, (size_t)n * FAKE_HIDDEN * sizeof *in);
     assert_int_equal(b->ops->layer_load(b, 3, kept, &l, NULL), 0);
-    assert_int_equal(b->ops->qkv(b, l, hidden, pos, n, n, q, k, v, NULL), 0);
+    assert_int_equal(b->ops->qkv(b, l, &p, NULL), 0);
     assert_int_equal(b->ops->finish(b, l, hidden, q, n, NULL), 0);
     b->ops->layer_free(b, l);
 }

@@ -31,8 +31,9 @@ static void ask_rows(struct backend *b, const struct past_rows *past, uint32_t n
 static void as_past(const struct outcome *o, struct past_rows *past)
 {
     for (int i = 0; i < HEADS; i++)
-        past[i] = (struct past_rows){o->head[i].n_rows, o->head[i].dtype, o->head[i].k,
-                                     o->head[i].v, NULL};
+        past[i] = (struct past_rows){
+            o->head[i].n_rows,  o->head[i].dtype, o->head[i].k, o->head[i].v, NULL,
+            o->head[i].position};
 }
 
 static void ask(const struct model *m, const struct outcome *o, uint32_t step, float *logits)
@@ -253,7 +254,7 @@ static void expand_past(const struct past_rows *past, struct past_rows *wide)
 
         packed_expand_k_f32(past[i].dtype, past[i].k, past[i].n_rows, FAKE_HEAD_DIM, k);
         packed_expand_v_f32(past[i].dtype, past[i].v, past[i].n_rows, FAKE_HEAD_DIM, v);
-        wide[i] = (struct past_rows){past[i].n_rows, KV_F32, k, v, past[i].bias};
+        wide[i] = (struct past_rows){past[i].n_rows, KV_F32, k, v, past[i].bias, past[i].position};
     }
 }
 
@@ -331,7 +332,7 @@ static void bias_is_added_to_the_logit(void **state)
         memcpy(k + 40 * FAKE_HEAD_DIM, k, FAKE_HEAD_DIM * sizeof *k);
         memcpy(v + 40 * FAKE_HEAD_DIM, v, FAKE_HEAD_DIM * sizeof *v);
         past[i].bias = twice;
-        fewer[i] = (struct past_rows){41, KV_F32, k, v, NULL};
+        fewer[i] = (struct past_rows){41, KV_F32, k, v, NULL, NULL};
     }
     ask_rows(b, past, N, Q, got);
     ask_rows(b, fewer, N, Q, want);

@@ -39,7 +39,7 @@ static struct packed_head make_head(enum kv_dtype t, uint32_t n, uint32_t d)
     packed_from_v(t, h.v, n, d, h.v_tile);
     packed_expand_k_f32(t, h.k_tile, n, d, h.k);
     packed_expand_v_f32(t, h.v_tile, n, d, h.v);
-    h.past = (struct past_rows){n, t, h.k_tile, h.v_tile, NULL};
+    h.past = (struct past_rows){n, t, h.k_tile, h.v_tile, NULL, NULL};
     return h;
 }
 
