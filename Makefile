@@ -83,7 +83,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden eval-public eval-long bench demo install clean \
+.PHONY: all check check-unit check-e2e check-golden check-models eval-public eval-long bench demo install clean \
     lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -180,7 +180,7 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)
-	tests/run.sh $(B) lint unit eval e2e golden
+	tests/run.sh $(B) lint unit models eval e2e golden
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
@@ -191,6 +191,11 @@ check-e2e: all
 # Every recorded run on both backends (make check runs a covering subset).
 check-golden: all
 	tests/run.sh $(B) golden-all
+
+# Models of every architecture, made at random by transformers, as directories and as GGUF (make
+# check has small ones). Skipped where tests/bench/setup-peers.sh has not been run.
+check-models: all
+	tests/run.sh $(B) models models-made
 
 # Do pruned caches still answer? Tasks and the model are not part of the tree; what is not there
 # is named and skipped. Results are kept in $(B)/eval and a second run goes on from them.

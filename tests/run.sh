@@ -66,6 +66,12 @@ for group in "$@"; do
             run "unit/$t" 120 "$build/tests/$t"
         done
         ;;
+    models)
+        run "models, small" 120 python3 tests/models/check_models.py --build "$build"
+        ;;
+    models-made)
+        run "models, made by transformers" 1200 python3 tests/models/check_models.py --build "$build" --make
+        ;;
     eval)
         run "eval" 60 python3 tests/eval/test_eval.py "$build"
         ;;
