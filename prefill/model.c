@@ -298,18 +298,14 @@ static int find_tensors(struct model *m, struct larder_err *e)
 
 /* ---- template */
 
-/* The file's own chat template is a program; recognise what it amounts to. */
 static const char *recognise_template(const struct gguf *g)
 {
     struct gguf_str s;
+    const char *name = NULL;
 
-    if (gguf_get_str(g, "tokenizer.chat_template", &s, NULL))
-        return "plain";
-    if (memmem(s.p, s.len, "named SmolLM", 12))
-        return "smollm2";
-    if (memmem(s.p, s.len, "<|im_start|>", 12))
-        return "chatml";
-    return "plain";
+    if (!gguf_get_str(g, "tokenizer.chat_template", &s, NULL))
+        name = template_recognise(s.p, s.len);
+    return name ? name : "plain";
 }
 
 /* ---- life */
