@@ -119,6 +119,17 @@ def check_gpt2(o, name, pre, tok, strings, theirs, normal):
     check_llama_cpp(o, f"{name} in GGUF", path, normal if tok.normalizer else strings, ours, lacking_bytes(path))
 
 
+def check_default(o, files):
+    """What GGUF calls "default" is llama.cpp's own: no other implementation has it."""
+    tok = families.train("gpt2", files, VOCAB)
+    path = os.path.join(o.dir, "default.gguf")
+    vocab_gguf.write_gpt2(tok, "default", path)
+    source = texts.Source("default", literals("gpt2"), files)
+    strings = [source.text() for _ in range(o.count_llama)]
+    ours, _ = encoded(o.encode, path, strings)
+    check_llama_cpp(o, "GGUF's default", path, strings, ours)
+
+
 def lacking_bytes(path):
     """Bytes for which a byte-level vocabulary has no token."""
     alphabet = gguf_tokens(path)
@@ -181,7 +192,7 @@ def check_sentencepiece(o, space, files):
     vocab_gguf.write_llama(sp, path, space)
     source = texts.Source(name, ["<s>", "</s>", "<unk>"], files)
     # SentencePiece ends a text at a NUL and never parses literals of control tokens
-    strings = [source.text().replace("\0", "") for _ in range(o.count)]
+    strings = [source.text().replace("\0", "") for _ in range(2 * o.count)]
     plain = strings[::2]
     ours, spelled = encoded(o.encode, path, strings)
     theirs = sp.encode(plain)
@@ -295,6 +306,8 @@ def main():
         for name in families.FAMILIES:
             if not o.only or name in o.only:
                 check_family(o, name, files)
+        if not o.only or "default" in o.only:
+            check_default(o, files)
         for space in (True, False):
             if not o.only or "sentencepiece" in o.only:
                 check_sentencepiece(o, space, files)
