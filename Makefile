@@ -83,7 +83,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden check-models eval-public eval-long bench demo install clean \
+.PHONY: all check check-unit check-e2e check-golden check-models check-tokenizers eval-public eval-long bench demo install clean \
     lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -196,6 +196,17 @@ check-golden: all
 # check has small ones). Skipped where tests/bench/setup-peers.sh has not been run.
 check-models: all
 	tests/run.sh $(B) models models-made
+
+# Token ids against the reference implementations, 100,000 strings for each family of tokenizers;
+# the references come from PyPI and are not part of the tree. COUNT=1000 for a first look.
+COUNT ?= 100000
+$(B)/tests/encode: tests/tokenizers/encode.c $(call archives,prefill base)
+	@mkdir -p $(@D)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(must) $(CFLAGS) -Iprefill -Ibase $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill)
+
+check-tokenizers: $(B)/tests/encode
+	COUNT=$(COUNT) tests/run.sh $(B) tokenizers
 
 # Do pruned caches still answer? Tasks and the model are not part of the tree; what is not there
 # is named and skipped. Results are kept in $(B)/eval and a second run goes on from them.

@@ -18,6 +18,8 @@
 #define KV_MAX_CTX (1u << 22)   /* tokens of a document */
 #define KV_MAX_VOCAB (1u << 22) /* token ids */
 
+#define KV_MAX_TEMPLATE 256u /* bytes of a template's string, with its end */
+
 /* Numbers are stored on disk and in images: append only. */
 enum kv_dtype {
     KV_BF16 = 1,

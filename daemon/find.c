@@ -333,7 +333,7 @@ static void explain_run(struct task *t)
     struct relative v = {.q = q};
     const char *tmpl = NULL;
 
-    field_str(q->r->body, "template", FIELD_OPTIONAL, 64, &tmpl, NULL);
+    field_str(q->r->body, "template", FIELD_OPTIONAL, KV_MAX_TEMPLATE - 1, &tmpl, NULL);
     v.m = model_for(q->r->d, q->model, NULL);
     v.tmpl = tmpl ? tmpl : v.m && v.m->known ? v.m->template : NULL;
     q->rc = store_list(q->r->d->store, NULL, UINT32_MAX, compare_relative, &v, &q->e);

@@ -539,7 +539,7 @@ static int read_put(struct request *r, struct put *p, struct larder_err *e)
     if (!rc)
         rc = field_str(r->body, "policy", FIELD_OPTIONAL, POLICY_MAX, &p->policy, e);
     if (!rc)
-        rc = field_str(r->body, "template", FIELD_OPTIONAL, 64, &p->tmpl, e);
+        rc = field_str(r->body, "template", FIELD_OPTIONAL, KV_MAX_TEMPLATE - 1, &p->tmpl, e);
     if (!rc)
         rc = field_bool(r->body, "pin", FIELD_OPTIONAL, &p->pin, e);
     if (!rc)

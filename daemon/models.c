@@ -32,18 +32,22 @@ static void remember_model(struct daemon *d, const struct model *m)
 {
     struct remember r;
     char fp[65], tok[65], tmpl[65];
+    json_t *value;
+    size_t n;
 
     model_setting(m, r.key, sizeof r.key);
     sha256_hex(m->fp, fp);
     sha256_hex(m->tokenizer_fp, tok);
     sha256_hex(m->template_fp, tmpl);
-    snprintf(
-        r.value, sizeof r.value,
-        "{\"dev\":%llu,\"ino\":%llu,\"size\":%llu,\"mtime_ns\":%llu,\"fingerprint\":\"%s\","
-        "\"tokenizer_fingerprint\":\"%s\",\"template\":\"%s\",\"template_fingerprint\":\"%s\"}",
-        (unsigned long long)m->id.dev, (unsigned long long)m->id.ino,
-        (unsigned long long)m->id.size, (unsigned long long)m->id.mtime_ns, fp, tok, m->template,
-        tmpl);
+    value = json_pack("{sI sI sI sI ss ss ss ss}", "dev", (json_int_t)m->id.dev, "ino",
+                      (json_int_t)m->id.ino, "size", (json_int_t)m->id.size, "mtime_ns",
+                      (json_int_t)m->id.mtime_ns, "fingerprint", fp, "tokenizer_fingerprint", tok,
+                      "template", m->template, "template_fingerprint", tmpl);
+    n = value ? json_dumpb(value, r.value, sizeof r.value - 1, JSON_COMPACT) : 0;
+    json_decref(value);
+    if (!n || n >= sizeof r.value)
+        return; /* it is asked for again at the next start */
+    r.value[n] = '\0';
     write_quietly(d, remember_run, &r, sizeof r, "model fingerprint");
 }
 

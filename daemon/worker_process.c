@@ -202,7 +202,7 @@ static void program_path(const struct daemon *d, char *out, size_t cap)
 static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int err_fd)
 {
     static const char *const fixed[] = {"worker", "--fd", "3", "--model"};
-    char program[4096], model[4600], known[700], threads[24], hex[65];
+    char program[4096], model[4096 + 512 + KV_MAX_TEMPLATE], known[700], threads[24], hex[65];
     const char *argv[20];
     const struct config_model *c = m->conf;
     posix_spawn_file_actions_t fa;

@@ -198,7 +198,7 @@ static int read_prepared(struct worker *w, const json_t *body, int fd, struct la
     int rc = field_str(body, "policy", FIELD_REQUIRED, 256, &policy, e);
 
     if (!rc)
-        rc = field_str(body, "template", FIELD_REQUIRED, 63, &tmpl, e);
+        rc = field_str(body, "template", FIELD_REQUIRED, KV_MAX_TEMPLATE - 1, &tmpl, e);
     if (!rc)
         rc = field_hex32(body, "template_fingerprint", FIELD_REQUIRED, j->template_fp, &present, e);
     if (!rc)

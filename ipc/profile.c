@@ -48,7 +48,7 @@ static int read_head(const json_t *o, struct profile *p, struct larder_err *e)
     if (!rc)
         rc = field_str(o, "dtype", FIELD_REQUIRED, 15, &word, e);
     if (!rc)
-        rc = field_str(o, "template", FIELD_REQUIRED, 63, &word, e);
+        rc = field_str(o, "template", FIELD_REQUIRED, KV_MAX_TEMPLATE - 1, &word, e);
     if (rc)
         return rc;
     if (!profile_id_valid(id) || !p->n_layers || !p->n_kv_heads)

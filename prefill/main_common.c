@@ -24,16 +24,10 @@ uint64_t peak_bytes(void)
 
 /* ---- model and backend */
 
-int setup_template(const struct model *m, const char *name, const struct template **ret,
+int setup_template(const struct model *m, const char *text, struct template **ret,
                    struct larder_err *e)
 {
-    const struct template *t = template_find(name ? name : model_template_name(m));
-
-    if (!t)
-        return larder_fail(e, LARDER_EINVAL, "no template is named '%.40s'; there are %s",
-                           name ? name : model_template_name(m), template_names());
-    *ret = t;
-    return 0;
+    return template_open(ret, text ? text : model_template_name(m), e);
 }
 
 static int open_auto(const struct backend_ops *ops, const struct model *m, struct backend_opts bo,
@@ -120,6 +114,7 @@ void setup_done(struct engine_setup *s)
     if (s->backend)
         s->backend->ops->close(s->backend);
     model_close(s->model);
+    template_free(s->tmpl);
     shares_free(s->shares);
 }
 

@@ -102,12 +102,13 @@ int main_worker(const struct options *o, struct larder_err *e);
 
 struct engine_setup {
     struct model *model;
-    const struct template *tmpl;
+    struct template *tmpl;
     struct backend *backend;
     struct shares *shares; /* the model's calibration, or NULL */
 };
 
-int setup_template(const struct model *m, const char *name, const struct template **ret,
+/* By a template's string; NULL: the model's own. */
+int setup_template(const struct model *m, const char *text, struct template **ret,
                    struct larder_err *e);
 
 /* By the options --backend, --dtype and --threads. */

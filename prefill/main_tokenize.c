@@ -32,13 +32,16 @@ static int print_ids(const struct ids *ids, bool json, struct larder_err *e)
                : 0;
 }
 
-/* The answer's beginning is part of the turn that the question's tail opened. */
+/* Goes on from what is there: an answer's beginning, from the turn that the question's tail
+ * opened. */
 static int append_text(const struct tokenizer *tok, const char *text, size_t len, struct ids *to,
                        struct larder_err *e)
 {
     struct ids more = {0};
     uint32_t *grown;
-    int rc = tokenizer_encode(tok, text, len, false, &more.id, &more.n, e);
+    int rc =
+        tokenizer_encode_after(tok, to->n ? tokenizer_before(tok, to->id, to->n) : BEFORE_NOTHING,
+                               text, len, false, &more.id, &more.n, e);
 
     if (rc)
         return rc;

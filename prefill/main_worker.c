@@ -35,7 +35,8 @@ struct job {
     uint64_t id;
     uint32_t seq;
     struct served *model;
-    struct engine_setup s; /* borrowed from the model, but for the template */
+    struct engine_setup s;  /* borrowed from the model */
+    struct template *asked; /* the job's own, or NULL */
     struct policy policy;
     struct document doc;
     bool may_calibrate; /* when the policy needs a profile and there is none */
@@ -394,7 +395,7 @@ static int read_job(struct job *j, const json_t *body, int fd, struct larder_err
     if (!rc)
         rc = field_u64(body, "bytes", FIELD_REQUIRED, UINT64_MAX, &bytes, e);
     if (!rc)
-        rc = field_str(body, "template", FIELD_OPTIONAL, 64, &tmpl, e);
+        rc = field_str(body, "template", FIELD_OPTIONAL, KV_MAX_TEMPLATE - 1, &tmpl, e);
     j->may_calibrate = true;
     if (!rc)
         rc = field_bool(body, "calibrate", FIELD_OPTIONAL, &j->may_calibrate, e);
@@ -406,7 +407,9 @@ static int read_job(struct job *j, const json_t *body, int fd, struct larder_err
                            model);
     j->s = j->model->s;
     if (tmpl)
-        rc = setup_template(j->s.model, tmpl, &j->s.tmpl, e);
+        rc = setup_template(j->s.model, tmpl, &j->asked, e);
+    if (j->asked)
+        j->s.tmpl = j->asked;
     if (!rc)
         rc = read_document(j, source, bytes, fd, e);
     if (!rc)
@@ -513,6 +516,7 @@ static int take_job(struct worker *w, const struct frame *f, int fd, struct lard
         return rc;
     rc = do_job(&j, f->body, fd, &why);
     document_done(&j.doc);
+    template_free(j.asked);
     if (!rc)
         return 0;
     if (ends_worker(rc)) {

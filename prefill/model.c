@@ -13,19 +13,19 @@
 #include "input.h"
 #include "mem.h"
 #include "model_file.h"
+#include "template.h"
 #include "tokenizer.h"
 
 #define READ_CHUNK (1u << 20) /* bytes of file per pread: fits L2 beside its result */
 
 /* ---- life */
 
-const char *model_recognise_template(const char *text, size_t len)
+void model_set_template(struct model *m, const char *text, size_t len)
 {
-    if (memmem(text, len, "named SmolLM", 12))
-        return "smollm2";
-    if (memmem(text, len, "<|im_start|>", 12))
-        return "chatml";
-    return "plain";
+    const char *name = template_recognise(text, len);
+
+    if (name)
+        m->template_name = name;
 }
 
 static bool is_directory(const char *path)

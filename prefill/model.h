@@ -91,8 +91,8 @@ void model_close(struct model *m);
 const struct model_params *model_params(const struct model *m);
 const struct tokenizer *model_tokenizer(const struct model *m);
 
-/* Name of the chat template that the file's own template amounts to ("chatml",
- * "smollm2", ... see template.h), or "plain". */
+/* Name of the chat template that the file's own template amounts to (template_recognise()), or
+ * "plain" where it is none of ours. */
 const char *model_template_name(const struct model *m);
 
 /* Does the model end its turn with this token? */

@@ -73,8 +73,8 @@ struct model {
 /* Hash `bytes` bytes of a file from its start. */
 int model_hash_file(int fd, uint64_t bytes, struct sha256 *s, struct larder_err *e);
 
-/* Name of the built-in template that a file's own one (a program) amounts to. */
-const char *model_recognise_template(const char *text, size_t len);
+/* A file's own template (a Jinja program) decides the name, where it amounts to one of ours. */
+void model_set_template(struct model *m, const char *text, size_t len);
 
 /* ---- model_params.c: what both formats know alike */
 

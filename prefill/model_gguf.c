@@ -324,7 +324,7 @@ static int gguf_model_open(struct model *m, const char *path, struct larder_err 
     if (tokenizer_eos(m->tok) >= 0)
         m->end[m->n_ends++] = (uint32_t)tokenizer_eos(m->tok);
     if (!gguf_get_str(o.g, "tokenizer.chat_template", &s, NULL))
-        m->template_name = model_recognise_template(s.p, s.len);
+        model_set_template(m, s.p, s.len);
     return 0;
 }
 

@@ -293,12 +293,12 @@ static int read_template(struct model *m, struct larder_err *e)
     int rc = input_read_text(m->hf->dir, "chat_template.jinja", MAX_TEMPLATE, &text, &len, e);
 
     if (!rc) {
-        m->template_name = model_recognise_template(text, len);
+        model_set_template(m, text, len);
     } else if (rc == LARDER_ENOTFOUND) {
         rc = hf_read_json(m->hf->dir, "tokenizer_config.json", &config, e);
         s = rc ? NULL : template_text(config);
         if (s)
-            m->template_name = model_recognise_template(s, strlen(s));
+            model_set_template(m, s, strlen(s));
     }
     mem_free(text);
     json_decref(config);

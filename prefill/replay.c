@@ -49,7 +49,7 @@ static int make_prompt(const struct model *m, const struct template *tmpl, struc
     if (!rc)
         rc = template_join(t, head, next_prompt, &p->next, &p->n_next, e);
     if (!rc && tmpl)
-        rc = template_join(t, tmpl->doc_head, "", &p->head, &p->n_head, e);
+        rc = template_head(tmpl, t, &p->head, &p->n_head, e);
     return rc ? rc : template_join(t, tail, "", &p->tail, &p->n_tail, e);
 }
 

@@ -235,6 +235,11 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t len, bo
 
 /* ---- questions */
 
+enum tokenizer_before tokenizer_before(const struct tokenizer *t, const uint32_t *ids, size_t n)
+{
+    return tokenizer_is_added(t, ids[n - 1]) ? BEFORE_ADDED : BEFORE_TEXT;
+}
+
 const char *tokenizer_piece(const struct tokenizer *t, uint32_t id, size_t *ret_len)
 {
     if (id >= t->n_vocab)

@@ -84,6 +84,9 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t len, bo
 /* What stands before a text that is encoded by itself: it decides about SentencePiece's space. */
 enum tokenizer_before { BEFORE_NOTHING, BEFORE_ADDED, BEFORE_TEXT };
 
+/* What a text meets that goes on from ids[n], n > 0. */
+enum tokenizer_before tokenizer_before(const struct tokenizer *t, const uint32_t *ids, size_t n);
+
 int tokenizer_encode_after(const struct tokenizer *t, enum tokenizer_before before,
                            const char *text, size_t len, bool parse_special, uint32_t **ret_ids,
                            size_t *ret_n, struct larder_err *e);

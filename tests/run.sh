@@ -95,6 +95,9 @@ for group in "$@"; do
         run "golden, kvpress, ref" 3600 python3 tests/golden/kvpress.py --build "$build" --backend ref --subset
         tiny
         ;;
+    tokenizers)
+        run "tokenizers" 10000 tests/tokenizers/run.sh "$build"
+        ;;
     *)
         echo "tests/run.sh: no group '$group'" >&2
         exit 2

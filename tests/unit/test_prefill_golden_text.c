@@ -8,6 +8,7 @@
 #include "tokenizer.h"
 
 static struct model *model; /* NULL: the model is not installed */
+static struct template *smollm2;
 
 static int open_model(void **state)
 {
@@ -25,13 +26,14 @@ static int open_model(void **state)
     if (access(path, R_OK) == 0 && model_open(&model, path, &e))
         fprintf(stderr, "%s\n", e.msg);
     free(path);
-    return 0;
+    return template_open(&smollm2, "smollm2", &e);
 }
 
 static int close_model(void **state)
 {
     (void)state;
     model_close(model);
+    template_free(smollm2);
     return 0;
 }
 
@@ -128,7 +130,7 @@ static void one_conversation(json_t *j)
         msg[i] = (struct chat_message){json_string_value(json_object_get(m, "role")),
                                        json_string_value(json_object_get(m, "content"))};
     }
-    assert_int_equal(template_chat(template_find("smollm2"), msg, n,
+    assert_int_equal(template_chat(smollm2, msg, n,
                                    json_is_true(json_object_get(j, "add_generation_prompt")), &text,
                                    &len, &e),
                      0);
@@ -149,7 +151,7 @@ static void conversations_render_and_tokenise_as_recorded(void **state)
 
 static void one_task(json_t *j)
 {
-    const struct template *t = template_find("smollm2");
+    const struct template *t = smollm2;
     const json_t *doc = json_object_get(j, "document"), *ask = json_object_get(j, "question");
     const json_t *tail = json_object_get(j, "tail_ids");
     struct larder_err e;
