@@ -83,7 +83,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden eval-public eval-long bench demo install clean \
+.PHONY: all check check-unit check-decoders check-e2e check-golden eval-public eval-long bench demo install clean \
     lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -172,10 +172,15 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)
-	tests/run.sh $(B) lint unit eval e2e golden
+	tests/run.sh $(B) lint unit python eval e2e golden
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
+
+# The Python package and the decoders that it feeds; those whose libraries are not there
+# (tests/bench/setup-peers.sh) are named and skipped.
+check-decoders: all
+	tests/run.sh $(B) python decoders
 
 check-e2e: all
 	tests/run.sh $(B) e2e

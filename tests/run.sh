@@ -66,6 +66,12 @@ for group in "$@"; do
             run "unit/$t" 120 "$build/tests/$t"
         done
         ;;
+    python)
+        run "python package" 60 /usr/bin/python3 tests/decoders/test_package.py "$build"
+        ;;
+    decoders)
+        for t in tests/decoders/[0-9]*.sh; do run "$t" 900 "$t" "$build"; done
+        ;;
     eval)
         run "eval" 60 python3 tests/eval/test_eval.py "$build"
         ;;

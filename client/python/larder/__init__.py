@@ -1,0 +1,22 @@
+"""larder: pruned KV caches of documents, stored by larderd, as numpy arrays.
+
+    import larder
+
+    with larder.Client() as client:
+        client.put("A long document ...", "manual", wait=True)
+        with client.get("manual") as cache:
+            keys = larder.widen(cache.keys(0, 2))   # layer 0, KV head 2: [rows, head_dim] float32
+            where = cache.positions(0, 2)
+
+larder.hf hands a cache to transformers' generate(), larder.llama to llama-cpp-python.
+"""
+from .cache import Cache
+from .client import Client
+from .errors import *  # noqa: F401,F403 - one class for each status
+from .errors import LarderError, LibraryNotFound
+from .objects import Entry, Job
+from .packed import widen
+from .version import VERSION as __version__
+
+__all__ = ["Cache", "Client", "Entry", "Job", "LarderError", "LibraryNotFound", "widen",
+           "__version__"]
