@@ -10,13 +10,14 @@
 
 larder.hf hands a cache to transformers' generate(), larder.llama to llama-cpp-python.
 """
+from . import errors
 from .cache import Cache
 from .client import Client
-from .errors import *  # noqa: F401,F403 - one class for each status
-from .errors import LarderError, LibraryNotFound
+from .errors import LarderError, LibraryNotFound, ModelMismatch
+from .models import fingerprint
 from .objects import Entry, Job
 from .packed import widen
 from .version import VERSION as __version__
 
-__all__ = ["Cache", "Client", "Entry", "Job", "LarderError", "LibraryNotFound", "widen",
-           "__version__"]
+__all__ = ["Cache", "Client", "Entry", "Job", "LarderError", "LibraryNotFound", "ModelMismatch",
+           "errors", "fingerprint", "widen", "__version__"]

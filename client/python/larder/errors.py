@@ -28,6 +28,10 @@ class InvalidArgument(LarderError, ValueError):
     code, status = -1, "LARDER_EINVAL"
 
 
+class ModelMismatch(InvalidArgument):
+    """A cache of one model for another; the message says what differs."""
+
+
 class OutOfMemory(LarderError, MemoryError):
     code, status = -2, "LARDER_ENOMEM"
 
