@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cache import Cache
-from .errors import InternalError, InvalidArgument, Unsupported
+from .errors import InternalError, Unsupported
 from .models import check_geometry, check_keys, check_weights
 
 ELEMENTS = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # by ggml's numbers of types
@@ -252,8 +252,6 @@ def load(cache: Cache, llm: llama_cpp.Llama, *, weights: Optional[str] = None) -
     ModelMismatch: the cache is another model's (with `weights`, a file such as llm.model_path, it
     must be the one that the cache was made with, byte by byte).
     """
-    if llm.n_batch < 1 or getattr(llm, "_logits_all", False):
-        raise InvalidArgument("open the model without logits_all: there are none of the document")
     if weights is not None:
         check_weights(cache, weights)
     context = _Context(llm)
