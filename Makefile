@@ -83,7 +83,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-decoders check-e2e check-golden eval-public eval-long bench demo install clean \
+.PHONY: all check check-unit check-decoders check-e2e check-golden eval-public eval-long bench bench-decoders demo install clean \
     lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -209,6 +209,11 @@ lint:
 
 bench: all $(BENCH)
 	tests/bench/run.sh $(B)
+
+# First token in each decoder, from a stored cache and after its own prefill: one table.
+bench-decoders: all $(B)/bench/bench_all_resume
+	$(PYTHON) tests/bench/decoder_peers.py --build $(B) $(BENCH_FLAGS) \
+	    --model "$${XDG_CACHE_HOME:-$$HOME/.cache}/larder/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 demo: all
 	etc/demo.sh --built $(B)
