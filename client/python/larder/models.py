@@ -17,8 +17,8 @@ from .cache import Cache
 from .errors import ModelMismatch
 
 ROWS_COMPARED = 2  # at either end of a head
-# Mean squared difference over mean square: about 1e-5 for bf16 rows, below 0.01 for int4 ones; a
-# key at another angle, or of another model, is off by about 1.
+# Mean squared difference over mean square. Measured (SmolLM2-135M, 724 tokens, transformers, f32):
+# 3e-6 for bf16 rows, 5e-4 for int4 ones; with a RoPE base of 1e4 in place of 1e5 from 0.47 on.
 MOST_DIFFERENT = 0.05
 
 
