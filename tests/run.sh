@@ -72,6 +72,12 @@ for group in "$@"; do
     models-made)
         run "models, made by transformers" 1200 python3 tests/models/check_models.py --build "$build" --make
         ;;
+    python)
+        run "python package" 60 /usr/bin/python3 tests/decoders/test_package.py "$build"
+        ;;
+    decoders)
+        for t in tests/decoders/[0-9]*.sh; do run "$t" 900 "$t" "$build"; done
+        ;;
     eval)
         run "eval" 60 python3 tests/eval/test_eval.py "$build"
         ;;

@@ -68,6 +68,26 @@ class Torch:
         return {"ms": ms, "token": token}
 
 
+    def stored(self, socket, entry, n, n_question):
+        """Fetch an entry of n tokens, hand it over, and ask with the next ones."""
+        import larder
+        import larder.hf
+
+        question, client = token_ids(n + n_question)[n:], larder.Client(socket)
+
+        def first():
+            with client.get(entry, packed=True) as cache:
+                past = larder.hf.load(cache, self.model)
+            where = self.torch.arange(past.next_pos, past.next_pos + n_question)[None]
+            with self.torch.inference_mode():
+                out = self.model(input_ids=self.torch.tensor([question]), position_ids=where,
+                                 past_key_values=past, logits_to_keep=1)
+                return int(out.logits[0, -1].argmax())
+        with client:
+            ms, token = timed(first)
+        return {"ms": ms, "token": token}
+
+
 class Llama:
     def __init__(self, model, longest):
         import ctypes
@@ -89,6 +109,21 @@ class Llama:
     def prefill(self, n):
         self.model.reset()
         ms, token = timed(self.evaluate, token_ids(n))
+        return {"ms": ms, "token": token}
+
+    def stored(self, socket, entry, n, n_question):
+        """Fetch an entry of n tokens, hand it over, and ask with the next ones."""
+        import larder
+        import larder.llama
+
+        question, client = token_ids(n + n_question)[n:], larder.Client(socket)
+
+        def first():
+            with client.get(entry, packed=True) as cache:
+                larder.llama.load(cache, self.model)
+            return self.evaluate(question)
+        with client:
+            ms, token = timed(first)
         return {"ms": ms, "token": token}
 
     def save(self, n, path):
