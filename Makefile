@@ -4,6 +4,8 @@
 #   make            everything          make check      all tests
 #   make demo       the tour            make bench      benchmarks against peers
 #   make install    DESTDIR, PREFIX     make clean
+#   make CUDA=1     and larder-prefill-cuda (CUDA Toolkit 13 in CUDA_HOME); then make check-cuda
+#                   and make bench-cuda on a machine with a GPU
 
 VERSION := $(shell cat VERSION)
 PREFIX ?= /usr/local
@@ -33,6 +35,20 @@ MAY_tests   := base store ipc prefill client
 MAY_prefill_main := base ipc
 
 DIRS := base store prefill ipc client daemon
+
+# ---- CUDA: device code and what talks to the driver is in prefill/cuda_*.cu and goes into
+# larder-prefill-cuda alone; the plain C around it is part of libprefill.a and tested everywhere.
+CUDA ?=
+CUDA_HOME ?= /usr/local/cuda
+NVCC ?= $(CUDA_HOME)/bin/nvcc
+CUDA_ARCHS ?= 80 90 100 120
+comma_sm = -gencode arch=compute_$1,code=sm_$1
+nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
+    $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
+    -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+    -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
+    $(if $(findstring dequant,$1),--fmad=false)
+LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
         -Wvla -Wwrite-strings -Wundef -Wformat=2 -Werror
@@ -80,11 +96,11 @@ SRC_daemon  := $(filter-out $(DAEMON_MAIN),$(call src,daemon))
 
 lib = $(B)/lib$1.a
 PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
-            $(if $(PREFILL_MAIN),$(B)/larder-prefill)
+            $(if $(PREFILL_MAIN),$(B)/larder-prefill) $(if $(CUDA),$(B)/larder-prefill-cuda)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden eval-public eval-long bench demo install clean \
-    lint format
+.PHONY: all check check-unit check-e2e check-golden check-cuda eval-public eval-long bench \
+    bench-cuda demo install clean lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -115,6 +131,23 @@ $(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,daemon store ipc base)
 $(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc base)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
+
+CUDA_SRC := $(wildcard prefill/cuda_*.cu)
+CUDA_OBJ := $(patsubst %.cu,$(B)/%.cu.o,$(CUDA_SRC)) $(B)/cuda/backend.o
+
+$(B)/%.cu.o: %.cu $(wildcard prefill/cuda*.h prefill/cuda*.cuh)
+	@mkdir -p $(@D)
+	@$(call say,NVCC,$<)
+	$(Q)$(NVCC) $(call nvflags,$<) -c -o $@ $<
+
+# The list of backends, with cuda in it.
+$(B)/cuda/backend.o: prefill/backend.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(call cflags,$<) -DLARDER_CUDA -c -o $@ $<
+
+$(B)/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(CUDA_OBJ) $(call archives,prefill ipc base)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc) $(LIBS_cuda)
 
 $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	@$(call say,LD,$@)
@@ -160,6 +193,27 @@ $(B)/libcli.a: $(call obj,$(filter-out client/cli_main.c,$(CLI_SRC)))
 	@rm -f $@ && ar rcs $@ $^
 $(B)/tests/test_client_eval: $(B)/libcli.a
 $(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
+
+# The CUDA kernels, built for a processor, and a device that is host memory (tests/cuda).
+SHIM_OBJ := $(patsubst prefill/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \
+            $(B)/shim/shim.o $(B)/shim/fake_device.o
+shim_flags = -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -MMD -MP \
+             $(if $(SAN),-fsanitize=$(SAN)) $(CFLAGS) -Itests/cuda -Iprefill -Ibase
+$(B)/shim/%.o: prefill/%.cu tests/cuda/shim.h
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(shim_flags) -include tests/cuda/shim.h -x c++ -c -o $@ $<
+$(B)/shim/shim.o: tests/cuda/shim.cc
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(shim_flags) -c -o $@ $<
+$(B)/shim/fake_device.o: tests/cuda/fake_device.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda -Iprefill -Ibase -c -o $@ $<
+$(B)/libcudashim.a: $(SHIM_OBJ)
+	@rm -f $@ && ar rcs $@ $^
+CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
+$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
+$(CUDA_UNIT): CFLAGS += -Itests/cuda
+$(CUDA_UNIT): LIBS_prefill += -lstdc++
 
 # tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
 needs_all := prefill client ipc base
