@@ -210,6 +210,12 @@ $(B)/shim/fake_device.o: tests/cuda/fake_device.c
 	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda -Iprefill -Ibase -c -o $@ $<
 $(B)/libcudashim.a: $(SHIM_OBJ)
 	@rm -f $@ && ar rcs $@ $^
+# larder-prefill-cuda on that device: what the program does, without a GPU.
+$(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
+        $(call archives,prefill ipc base) $(B)/libcudashim.a
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
+	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
 CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
 $(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
@@ -225,7 +231,7 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
-check: all $(UNIT)
+check: all $(UNIT) $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) lint unit eval e2e golden
 
 check-unit: $(UNIT)
@@ -235,7 +241,7 @@ check-e2e: all
 	tests/run.sh $(B) e2e
 
 # Every recorded run on both backends (make check runs a covering subset).
-check-golden: all
+check-golden: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) golden-all
 
 # Do pruned caches still answer? Tasks and the model are not part of the tree; what is not there

@@ -42,6 +42,7 @@ struct model {
     uint64_t dev, ino, size, mtime_ns;
     uint8_t fp[32], tokenizer_fp[32], template_fp[32];
     char template[64], backend[16], isa[32], dtype[8];
+    char device[192]; /* of a backend that has one; "" */
     struct kv_geom geom;
     uint32_t n_vocab, n_positions;
     struct worker *worker; /* running or starting; NULL: none */

@@ -1,4 +1,4 @@
-/* backend.c - the list of compute backends in this build, and the memory they share with callers. */
+/* backend.c - the list of compute backends in this build, and memory shared with callers. */
 #include "backend.h"
 
 #include <string.h>

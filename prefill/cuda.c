@@ -49,7 +49,8 @@ static int check_device(const struct cuda_info *in, const struct model_params *p
 
     if (in->major < CUDA_LEAST_MAJOR)
         return larder_fail(e, LARDER_EBACKEND,
-                           "CUDA device %.60s has compute capability %d.%d; backend cuda needs %d.0",
+                           "CUDA device %.60s has compute capability %d.%d; backend cuda needs "
+                           "%d.0",
                            in->name, in->major, in->minor, CUDA_LEAST_MAJOR);
     if (need > in->shared_max)
         return larder_fail(e, LARDER_EBACKEND,

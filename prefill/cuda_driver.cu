@@ -2,8 +2,8 @@
  *
  * The one idea: thin. Each function is one call of the runtime, whose number it returns. Products
  * are row-major X W^T, which cuBLAS sees as the column-major W^T' X: both operands with the inner
- * dimension contiguous. The algorithm of a shape is chosen once by cuBLASLt's heuristics among those
- * that reduce in a fixed order, with one workspace per process, and kept. */
+ * dimension contiguous. The algorithm of a shape is chosen once by cuBLASLt's heuristics, among
+ * those that reduce in a fixed order, with one workspace per process, and kept. */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <stdio.h>

@@ -72,8 +72,8 @@ int cuda_plan_check(const struct cuda_plan *plan, uint64_t n, const struct cuda_
     if (plan->total <= info->free)
         return 0;
     return larder_fail(e, LARDER_ENOMEM,
-                       "%llu tokens need %llu MiB of device memory (hidden states %llu, one layer's "
-                       "rows %llu, weights %llu, workspace %llu) and %.60s had %llu MiB free; "
+                       "%llu tokens need %llu MiB of device memory (hidden states %llu, rows of a "
+                       "layer %llu, weights %llu, workspace %llu) and %.60s had %llu MiB free; "
                        "shorten the document",
                        (unsigned long long)n, plan->total / mib, plan->hidden / mib,
                        plan->kv / mib, plan->weights / mib, plan->workspace / mib, info->name,

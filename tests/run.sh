@@ -53,6 +53,8 @@ tiny() {
     for b in cpu ref; do
         run "golden, tiny model, $b" 300 python3 tests/golden/tiny.py --build "$build" --backend "$b"
     done
+    # the CUDA backend and its kernels, on host memory
+    run "golden, tiny model, cuda" 300 python3 tests/golden/tiny.py --build "$build/shim" --backend cuda
 }
 
 for group in "$@"; do

@@ -8,15 +8,18 @@
 
 #include "half.h"
 
-struct fake fake;
+#define HEALTHY                                                                                    \
+    {                                                                                              \
+        .info = {.name = "fake device", .driver = 13000, .runtime = 13000, .major = 9,             \
+                 .total = 8ull << 30, .free = 4ull << 30, .shared_max = 227 << 10},                \
+        .fail_rc = 700,                                                                            \
+    }
+
+struct fake fake = HEALTHY;
 
 void fake_reset(void)
 {
-    fake = (struct fake){
-        .info = {.name = "fake device", .driver = 13000, .runtime = 13000, .major = 9,
-                 .total = 8ull << 30, .free = 4ull << 30, .shared_max = 227 << 10},
-        .fail_rc = 700,
-    };
+    fake = (struct fake)HEALTHY;
 }
 
 static int step(enum fake_call c)

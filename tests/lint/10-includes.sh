@@ -6,7 +6,7 @@ rc=0
 
 # only HEADER-REGEX ALLOWED-PATH-REGEX NAME
 only() {
-    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] prefill/*.[ch] ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
+    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] prefill/*.[ch] prefill/*.cu prefill/*.cuh ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
         grep -vE "$2")
     if [ -n "$bad" ]; then
         echo "not ok - $3 is included only where DESIGN.md allows it"
@@ -24,6 +24,7 @@ only '(dnnl|oneapi)' '^prefill/cpu' oneDNN
 only 'utf8proc' '^prefill/' utf8proc
 only 'event2?[/.]' '^daemon/' libevent
 only 'systemd/' '^daemon/' libsystemd
+only '(cu[a-z_]*(Lt|_v2|_runtime|_bf16)?\.h|mma\.h)' '^prefill/cuda_' CUDA
 only 'jansson\.h' '^(ipc|client|daemon|prefill)/' jansson
 only 'openssl/' '^base/sha256\.c$' libcrypto
 
