@@ -237,7 +237,7 @@ check: all $(UNIT) $(B)/shim/larder-prefill-cuda
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
 
-check-e2e: all
+check-e2e: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) e2e
 
 # Every recorded run on both backends (make check runs a covering subset).
