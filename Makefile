@@ -133,21 +133,25 @@ $(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc bas
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
 
 CUDA_SRC := $(wildcard prefill/cuda_*.cu)
-CUDA_OBJ := $(patsubst %.cu,$(B)/%.cu.o,$(CUDA_SRC)) $(B)/cuda/backend.o
+CUDA_DIR := $(B)/cuda-$(subst $(eval ) ,-,$(strip $(CUDA_ARCHS)))
+CUDA_OBJ := $(patsubst %.cu,$(CUDA_DIR)/%.o,$(CUDA_SRC))
 
-$(B)/%.cu.o: %.cu $(wildcard prefill/cuda*.h prefill/cuda*.cuh)
+$(CUDA_DIR)/%.o: %.cu $(wildcard prefill/cuda*.h prefill/cuda*.cuh tests/cuda/harness.h)
 	@mkdir -p $(@D)
 	@$(call say,NVCC,$<)
-	$(Q)$(NVCC) $(call nvflags,$<) -c -o $@ $<
+	$(Q)$(NVCC) $(call nvflags,$<) $(if $(filter tests/%,$<),-Itests/cuda) -c -o $@ $<
 
 # The list of backends, with cuda in it.
 $(B)/cuda/backend.o: prefill/backend.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(call cflags,$<) -DLARDER_CUDA -c -o $@ $<
 
-$(B)/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(CUDA_OBJ) $(call archives,prefill ipc base)
+$(CUDA_DIR)/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o $(CUDA_OBJ) \
+        $(call archives,prefill ipc base)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc) $(LIBS_cuda)
+$(B)/larder-prefill-cuda: $(CUDA_DIR)/larder-prefill-cuda
+	@cp $< $@
 
 $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	@$(call say,LD,$@)
@@ -196,7 +200,7 @@ $(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
 
 # The CUDA kernels, built for a processor, and a device that is host memory (tests/cuda).
 SHIM_OBJ := $(patsubst prefill/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \
-            $(B)/shim/shim.o $(B)/shim/fake_device.o
+            $(B)/shim/shim.o $(B)/shim/fake_device.o $(B)/shim/harness_host.o
 shim_flags = -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -MMD -MP \
              $(if $(SAN),-fsanitize=$(SAN)) $(CFLAGS) -Itests/cuda -Iprefill -Ibase
 $(B)/shim/%.o: prefill/%.cu tests/cuda/shim.h
@@ -205,7 +209,7 @@ $(B)/shim/%.o: prefill/%.cu tests/cuda/shim.h
 $(B)/shim/shim.o: tests/cuda/shim.cc
 	@mkdir -p $(@D)
 	$(Q)$(CXX) $(shim_flags) -c -o $@ $<
-$(B)/shim/fake_device.o: tests/cuda/fake_device.c
+$(B)/shim/%.o: tests/cuda/%.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda -Iprefill -Ibase -c -o $@ $<
 $(B)/libcudashim.a: $(SHIM_OBJ)
@@ -221,6 +225,19 @@ $(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
 $(CUDA_UNIT): LIBS_prefill += -lstdc++
 
+# The same kernel tests, and others, on a GPU.
+DEVICE_TESTS := $(addprefix $(CUDA_DIR)/,test_kernels test_device bench_device)
+device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda -Iprefill -Ibase $(ldmust) $(LDFLAGS) \
+    -o $@ $(filter %.c %.o %.a,$^) $(LIBS_tests) $(LIBS_prefill) $(LIBS_cuda)
+$(CUDA_DIR)/test_kernels: tests/unit/test_prefill_cuda_kernels.c \
+        $(CUDA_DIR)/tests/cuda/harness_device.o $(CUDA_OBJ) $(call archives,prefill base)
+	@$(call say,LD,$@)
+	$(Q)$(device_cc)
+$(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c $(CUDA_OBJ) \
+        $(call archives,prefill base)
+	@$(call say,LD,$@)
+	$(Q)$(device_cc)
+
 # tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
 needs_all := prefill client ipc base
 LIBS_all  := $(LIBS_prefill) $(LIBS_client)
@@ -232,7 +249,15 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT) $(B)/shim/larder-prefill-cuda
-	tests/run.sh $(B) lint unit eval e2e golden
+	tests/run.sh $(B) lint cuda-build unit eval e2e golden
+
+# On a machine with a GPU: kernels, products, memory, sanitizers, recorded runs. What the
+# machine lacks is named and skipped.
+check-cuda: all $(B)/larder-prefill-cuda $(DEVICE_TESTS)
+	CUDA_DIR=$(CUDA_DIR) tests/run.sh $(B) cuda
+
+bench-cuda: $(B)/larder-prefill-cuda $(DEVICE_TESTS)
+	$(PYTHON) tests/cuda/bench.py --build $(B) --device-bench $(CUDA_DIR)/bench_device $(BENCH_FLAGS)
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit

@@ -35,6 +35,7 @@ struct head;    /* output norm and output matrix */
 struct backend_opts {
     enum kv_dtype dtype; /* KV_F32 or KV_BF16: weights, activations and K/V; sums are f32 */
     uint32_t n_threads;  /* 0: one per processor this process may use */
+    bool stream;         /* cuda: read weights layer by layer even where all of them would fit */
 };
 
 /* Stored rows of one KV head that new rows attend to. */

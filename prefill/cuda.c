@@ -117,6 +117,7 @@ static int cuda_open(struct backend **ret, const struct model *m, const struct b
     b->base.elem = o->dtype;
     b->base.n_threads = thread_count(o->n_threads);
     b->bf16 = o->dtype == KV_BF16;
+    b->stream = o->stream;
     b->elem = kv_dtype_bytes(o->dtype);
     b->d = &cuda_device;
     rc = pool_open(&b->pool, b->base.n_threads, e);

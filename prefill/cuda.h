@@ -163,7 +163,7 @@ struct cuda_backend {
     bool poison; /* tests: what is not valid on the host is NaN */
 
     struct cuda_weights_size size;
-    bool resident;
+    bool stream, resident;
     uint64_t planned_rows;
     struct cuda_plan plan;
 

@@ -201,7 +201,7 @@ static int dequantise(struct cuda_backend *b, const struct cuda_part *p, const u
                                   .type = p->format->type,
                                   .block_len = p->format->block_len,
                                   .block_bytes = p->format->block_bytes};
-    bool bf16 = b->bf16 && !is_norm(p->which) && p->which != MODEL_OUT_NORM;
+    bool bf16 = b->bf16 && !is_norm(p->which);
     struct cuda_launch l = cuda_grid_flat(CUDA_DEQUANT, bf16, a.n, &a);
 
     l.lane = lane;
@@ -396,7 +396,7 @@ int cuda_weights_open(struct cuda_backend *b, struct larder_err *e)
     if (rc)
         return rc;
     pthread_mutex_init(&b->reader.lock, NULL);
-    b->resident = cuda_plan_resident(&b->size, n_layers, b->info.free);
+    b->resident = !b->stream && cuda_plan_resident(&b->size, n_layers, b->info.free);
     b->n_slots = b->resident || n_layers < 2 ? n_layers : 2;
     b->slot = mem_zalloc(b->n_slots, sizeof *b->slot);
     return b->slot ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for %u layers", n_layers);

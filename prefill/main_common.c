@@ -65,6 +65,7 @@ int setup_backend(const struct options *o, const struct model *m, struct backend
         return larder_fail(e, LARDER_EBACKEND, "no backend is named '%.40s' here; there are %s",
                            name, backend_names());
     bo.n_threads = (uint32_t)threads;
+    bo.stream = o->n[OPTION_STREAM];
     if (!dtype || !strcmp(dtype, "auto"))
         return open_auto(ops, m, bo, ret, e);
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))

@@ -41,6 +41,7 @@
     X(BACKEND, "backend", 1, "B", "cpu (default), ref, or cuda in larder-prefill-cuda")            \
     X(DTYPE, "dtype", 1, "D", "auto, bf16 or f32; auto is bf16 where the processor has it")        \
     X(THREADS, "threads", 1, "N", "threads (default: one per processor)")                          \
+    X(STREAM, "stream", 0, "", "cuda: do not keep all weights on the device")                      \
     X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)")                     \
     X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token")                                \
     X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer")                        \

@@ -1,24 +1,28 @@
-/* Every CUDA kernel, built for a processor (tests/cuda/shim.h), against the formulas it follows. */
+/* Every CUDA kernel against the formulas it follows: built for a processor (tests/cuda/shim.h) here,
+ * and for a GPU by make check-cuda, which also runs the sizes that take a processor too long. */
 #include "testlib.h"
 
 #include <math.h>
 
 #include "cuda.h"
 #include "half.h"
+#include "harness.h"
 #include "packed.h"
 
 /* ---- helpers */
 
 static void run(struct cuda_launch l)
 {
-    assert_int_equal(cuda_launch_any(&l, NULL), 0);
+    assert_int_equal(kernel_run(&l), 0);
 }
+
+/* n objects that kernels can reach. */
+#define NEW(type, n) ((type *)kernel_alloc((n) * sizeof(type)))
 
 static float *random_f32(size_t n, uint64_t *seed)
 {
-    float *x = malloc(n * sizeof *x);
+    float *x = NEW(float, n);
 
-    assert_non_null(x);
     for (size_t i = 0; i < n; i++)
         x[i] = test_randf(seed);
     return x;
@@ -28,9 +32,8 @@ static float *random_f32(size_t n, uint64_t *seed)
 static void *to_elements(float *x, size_t n, bool bf16)
 {
     size_t bytes = n * (bf16 ? 2 : 4);
-    void *p = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    void *p = kernel_alloc(bytes);
 
-    assert_non_null(p);
     if (!bf16)
         memcpy(p, x, bytes);
     for (size_t i = 0; i < n && bf16; i++) {
@@ -70,9 +73,9 @@ static void every_format_gives_the_exact_values(void **state)
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
         const struct tensor_format *f = tensor_format(types[t]);
         size_t n_blocks = 37, n = n_blocks * f->block_len, bytes = n_blocks * f->block_bytes;
-        uint8_t *raw = malloc(bytes);
-        float *want = malloc(n * sizeof *want), *got = malloc(n * sizeof *got);
-        uint16_t *narrow = malloc(n * sizeof *narrow), *rounded = malloc(n * sizeof *rounded);
+        uint8_t *raw = kernel_alloc(bytes);
+        float *want = kernel_alloc(n * sizeof *want), *got = kernel_alloc(n * sizeof *got);
+        uint16_t *narrow = kernel_alloc(n * sizeof *narrow), *rounded = kernel_alloc(n * sizeof *rounded);
         struct cuda_dequant_args a = {raw, got, n, f->type, f->block_len, f->block_bytes};
 
         for (size_t i = 0; i < bytes; i++)
@@ -89,11 +92,11 @@ static void every_format_gives_the_exact_values(void **state)
                 fail_msg("%s: element %zu is bf16 %04x, not %04x", f->name, i, narrow[i],
                          rounded[i]);
         }
-        free(raw);
-        free(want);
-        free(got);
-        free(narrow);
-        free(rounded);
+        kernel_free(raw);
+        kernel_free(want);
+        kernel_free(got);
+        kernel_free(narrow);
+        kernel_free(rounded);
     }
 }
 
@@ -109,7 +112,7 @@ static void rmsnorm_of_odd_widths(void **state)
         uint32_t n = widths[c / 2], rows = 3;
         bool bf16 = c % 2;
         float *x = random_f32(rows * n, &seed), *w = random_f32(n, &seed);
-        void *out = calloc(rows * n, 4);
+        void *out = kernel_alloc(rows * n * 4);
         struct cuda_rmsnorm_args a = {x, w, out, n, 1e-5};
 
         run(cuda_grid_rows(CUDA_RMSNORM, bf16, rows, &a));
@@ -125,24 +128,27 @@ static void rmsnorm_of_odd_widths(void **state)
                             (bf16 ? 5e-3 : 1e-6) * fabs(want) + 1e-9);
             }
         }
-        free(x);
-        free(w);
-        free(out);
+        kernel_free(x);
+        kernel_free(w);
+        kernel_free(out);
     }
 }
 
 static void rope_rotates_queries_and_keys_and_scatters(void **state)
 {
     enum { N = 5, H = 3, KV = 1, D = 10, DIMS = 8, STRIDE = 9, ROW0 = 2, ALL = (H + 2 * KV) * D };
-    const uint32_t pos[N] = {0, 1, 77, 100000, 131071};
+    const uint32_t at_pos[N] = {0, 1, 77, 100000, 131071};
     uint64_t seed = 5;
-    float *x = random_f32(N * ALL, &seed), table[N * DIMS];
-    float q[H * STRIDE * D] = {0}, k[KV * STRIDE * D] = {0}, v[KV * STRIDE * D] = {0};
-    double freq[DIMS / 2];
+    uint32_t *pos = NEW(uint32_t, N);
+    float *x = random_f32(N * ALL, &seed), *table = NEW(float, N *DIMS);
+    float *q = NEW(float, H *STRIDE *D), *k = NEW(float, KV *STRIDE *D);
+    float *v = NEW(float, KV *STRIDE *D);
+    double *freq = NEW(double, DIMS / 2);
     struct cuda_angles_args angles = {pos, freq, table, N, DIMS / 2};
     struct cuda_rope_args a = {x, table, q, k, v, H, KV, D, DIMS, ROW0, STRIDE};
 
     (void)state;
+    memcpy(pos, at_pos, sizeof at_pos);
     for (int i = 0; i < DIMS / 2; i++)
         freq[i] = pow(5e5, -2.0 * i / DIMS);
     run(cuda_grid_flat(CUDA_ANGLES, false, N * DIMS / 2, &angles));
@@ -162,14 +168,20 @@ static void rope_rotates_queries_and_keys_and_scatters(void **state)
             }
     for (int c = 0; c < D; c++) /* rows around them are left alone */
         assert_true(q[(ROW0 - 1) * D + c] == 0 && q[(ROW0 + N) * D + c] == 0);
-    free(x);
+    kernel_free(pos);
+    kernel_free(freq);
+    kernel_free(table);
+    kernel_free(q);
+    kernel_free(k);
+    kernel_free(v);
+    kernel_free(x);
 }
 
 static void swiglu_is_silu_times_up(void **state)
 {
     enum { N = 3, FF = 301 };
     uint64_t seed = 6;
-    float *x = random_f32(2 * N * FF, &seed), out[N * FF];
+    float *x = random_f32(2 * N * FF, &seed), *out = NEW(float, N *FF);
     struct cuda_swiglu_args a = {x, out, N, FF};
 
     (void)state;
@@ -179,16 +191,17 @@ static void swiglu_is_silu_times_up(void **state)
 
         assert_true(fabs(out[i] - g / (1 + exp(-g)) * up) < 1e-6);
     }
-    free(x);
+    kernel_free(out);
+    kernel_free(x);
 }
 
 /* ---- stored rows */
 
 static void check_past(enum kv_dtype t, uint32_t n, uint32_t d, uint64_t *seed)
 {
-    float *rows = random_f32(n * d, seed), *want = malloc(n * d * sizeof *want);
-    float *got = malloc(n * d * sizeof *got);
-    uint8_t *tile = malloc(tile_bytes_k(t, n, d) + tile_bytes_v(t, n, d));
+    float *rows = random_f32(n * d, seed), *want = kernel_alloc(n * d * sizeof *want);
+    float *got = kernel_alloc(n * d * sizeof *got);
+    uint8_t *tile = kernel_alloc(tile_bytes_k(t, n, d) + tile_bytes_v(t, n, d));
 
     for (int keys = 0; keys < 2; keys++) {
         struct packed_parts p = keys ? packed_parts_k(t, n, d) : packed_parts_v(t, n, d);
@@ -205,10 +218,10 @@ static void check_past(enum kv_dtype t, uint32_t n, uint32_t d, uint64_t *seed)
         if (memcmp(want, got, n * d * sizeof *got))
             fail_msg("type %d, %u rows of %u, keys %d", t, n, d, keys);
     }
-    free(rows);
-    free(want);
-    free(got);
-    free(tile);
+    kernel_free(rows);
+    kernel_free(want);
+    kernel_free(got);
+    kernel_free(tile);
 }
 
 static void packed_rows_expand_to_the_same_bits(void **state)
@@ -226,12 +239,13 @@ static void packed_rows_expand_to_the_same_bits(void **state)
 static void own_rows_stand_behind_stored_ones(void **state)
 {
     enum { KV = 2, N = 3, D = 4, STRIDE = 5, TO = 11 };
-    const uint32_t n_past[KV] = {0, 7};
+    uint32_t *n_past = NEW(uint32_t, KV);
     uint64_t seed = 8;
-    float *src = random_f32(KV * STRIDE * D, &seed), dst[KV * TO * D] = {0};
+    float *src = random_f32(KV * STRIDE * D, &seed), *dst = NEW(float, KV *TO *D);
     struct cuda_tail_args a = {src, dst, n_past, STRIDE, TO, N, D, KV, true};
 
     (void)state;
+    n_past[1] = 7;
     run(cuda_grid_flat(CUDA_TAIL, false, KV * N * D, &a));
     for (uint32_t i = 0; i < KV * TO * D; i++) {
         uint32_t g = i / (TO * D), r = i / D % TO, c = i % D;
@@ -239,7 +253,9 @@ static void own_rows_stand_behind_stored_ones(void **state)
 
         assert_true(dst[i] == (there ? src[(g * STRIDE + r - n_past[g]) * D + c] : 0));
     }
-    free(src);
+    kernel_free(n_past);
+    kernel_free(dst);
+    kernel_free(src);
 }
 
 /* ---- attention */
@@ -256,7 +272,7 @@ static void plain_row(const struct shape *s, const struct cuda_attend_args *a, c
 {
     uint32_t g = h / a->group, n = s->n_past[g] + s->n_tail - s->n_rows + i + 1, d = s->d;
     const float *x = q + (h * a->q_stride + i) * d;
-    double *p = malloc(n * sizeof *p), max = -INFINITY, sum = 0;
+    double *p = kernel_alloc(n * sizeof *p), max = -INFINITY, sum = 0;
 
     for (uint32_t j = 0; j < n; j++) {
         const float *key = k + (g * a->kv_stride + j) * d;
@@ -278,7 +294,7 @@ static void plain_row(const struct shape *s, const struct cuda_attend_args *a, c
             o += p[j] / sum * v[(g * a->kv_stride + j) * d + c];
         out[c] = (float)o;
     }
-    free(p);
+    kernel_free(p);
 }
 
 static void check_attend(struct shape s, bool bf16, bool wide, enum cuda_kernel kernel)
@@ -286,9 +302,10 @@ static void check_attend(struct shape s, bool bf16, bool wide, enum cuda_kernel 
     uint64_t seed = 9 + s.n_rows + 1000 * s.d;
     uint32_t most = 0, d = s.d;
     size_t n_q, n_kv, n_o = (size_t)s.n_rows * s.n_heads * d;
-    float *want = malloc(n_o * 4), *got = malloc(n_o * 4);
+    float *want = NEW(float, n_o), *got = NEW(float, n_o);
     float *qf, *kf, *vf, *bias;
-    void *q, *k, *v, *o = malloc(n_o * 4);
+    uint32_t *n_past = NEW(uint32_t, 4);
+    void *q, *k, *v, *o = kernel_alloc(n_o * 4);
     struct cuda_attend_args a = {.n_heads = s.n_heads, .group = s.n_heads / s.n_kv, .d = d,
                                  .n_rows = s.n_rows, .row0 = s.row0, .n_tail = s.n_tail,
                                  .scale = (float)(1 / sqrt(d))};
@@ -316,7 +333,8 @@ static void check_attend(struct shape s, bool bf16, bool wide, enum cuda_kernel 
     a.v = v;
     a.o = o;
     a.bias = s.bias ? bias : NULL;
-    a.n_past = most ? s.n_past : NULL;
+    memcpy(n_past, s.n_past, sizeof s.n_past);
+    a.n_past = most ? n_past : NULL;
     l = cuda_grid_attend(&a, bf16, wide);
     assert_int_equal(l.kernel, kernel);
     run(l);
@@ -341,16 +359,17 @@ static void check_attend(struct shape s, bool bf16, bool wide, enum cuda_kernel 
             fail_msg("%u rows of %u, %u on %u heads, bf16 %d, wide %d: error %g", s.n_rows, d,
                      s.n_heads, s.n_kv, bf16, wide, err);
     }
-    free(qf);
-    free(kf);
-    free(vf);
-    free(bias);
-    free(q);
-    free(k);
-    free(v);
-    free(o);
-    free(want);
-    free(got);
+    kernel_free(qf);
+    kernel_free(kf);
+    kernel_free(vf);
+    kernel_free(bias);
+    kernel_free(n_past);
+    kernel_free(q);
+    kernel_free(k);
+    kernel_free(v);
+    kernel_free(o);
+    kernel_free(want);
+    kernel_free(got);
 }
 
 static struct shape causal(uint32_t n, uint32_t d, uint32_t n_heads, uint32_t n_kv)
@@ -421,7 +440,7 @@ static void a_key_that_is_not_finite_reaches_the_rows_that_see_it(void **state)
 
     (void)state;
     for (int bf16 = 0; bf16 < 2; bf16++) {
-        float *x = random_f32(N * D, &seed), *o = malloc(N * D * sizeof *o);
+        float *x = random_f32(N * D, &seed), *o = kernel_alloc(N * D * sizeof *o);
         void *q = to_elements(x, N * D, bf16), *v = to_elements(x, N * D, bf16), *k;
         struct cuda_attend_args a = {.n_heads = 1, .group = 1, .d = D, .n_rows = N, .n_tail = N,
                                      .q_stride = N, .kv_stride = N, .scale = .125f};
@@ -435,11 +454,11 @@ static void a_key_that_is_not_finite_reaches_the_rows_that_see_it(void **state)
         run(cuda_grid_attend(&a, bf16, false));
         for (uint32_t i = 0; i < N; i++)
             assert_int_equal(isfinite(element(o, bf16, i * D)) != 0, i < BAD);
-        free(x);
-        free(o);
-        free(q);
-        free(k);
-        free(v);
+        kernel_free(x);
+        kernel_free(o);
+        kernel_free(q);
+        kernel_free(k);
+        kernel_free(v);
     }
 }
 
@@ -452,9 +471,9 @@ static void check_window(uint32_t n, uint32_t w, uint32_t d, bool bf16)
     uint32_t stride = n + 2, m = n - w;
     float *qf = random_f32(H * stride * d, &seed), *kf = random_f32(KV * stride * d, &seed);
     void *q = to_elements(qf, H * stride * d, bf16), *k = to_elements(kf, KV * stride * d, bf16);
-    float *logit = malloc(H * w * n * sizeof *logit), stat[H * 64 * 2];
-    float *mass = malloc(H * m * sizeof *mass), *want = calloc(H * m, sizeof *want);
-    double *p = malloc(n * sizeof *p);
+    float *logit = kernel_alloc(H * w * n * sizeof *logit), *stat = NEW(float, H *64 * 2);
+    float *mass = kernel_alloc(H * m * sizeof *mass), *want = kernel_alloc((H * m) * sizeof *want);
+    double *p = kernel_alloc(n * sizeof *p);
     struct cuda_window_args a = {q, k, logit, stat, mass, stride, n, w, d, H / KV,
                                  0, 3, (float)(1 / sqrt(d))};
 
@@ -478,14 +497,15 @@ static void check_window(uint32_t n, uint32_t w, uint32_t d, bool bf16)
                 want[h * m + j] += (float)(p[j] / sum);
         }
     assert_true(nmse(want, mass, H * m) < 1e-11);
-    free(qf);
-    free(kf);
-    free(q);
-    free(k);
-    free(logit);
-    free(mass);
-    free(want);
-    free(p);
+    kernel_free(qf);
+    kernel_free(kf);
+    kernel_free(q);
+    kernel_free(k);
+    kernel_free(logit);
+    kernel_free(stat);
+    kernel_free(mass);
+    kernel_free(want);
+    kernel_free(p);
 }
 
 static void window_mass_of_odd_sizes(void **state)
@@ -499,12 +519,31 @@ static void window_mass_of_odd_sizes(void **state)
     }
 }
 
+/* Sizes that a processor would take minutes for. */
+static void long_rows(void **state)
+{
+    const uint32_t dims[] = {64, 80, 96, 128};
+
+    (void)state;
+    if (!kernel_is_device())
+        skip();
+    for (int i = 0; i < 4; i++) {
+        struct shape s = causal(4097, dims[i], 4, 1);
+
+        s.row0 = 4000; /* the comparison is on the host */
+        check_attend(s, false, false, CUDA_ATTEND);
+        check_attend(s, true, false, CUDA_ATTEND_MMA);
+        check_window(4097, 33, dims[i], true);
+    }
+}
+
 static void the_same_input_gives_the_same_bits(void **state)
 {
     enum { N = 90, D = 64 };
     uint64_t seed = 11;
     float *x = random_f32(3 * N * D, &seed);
-    uint16_t *t = to_elements(x, 3 * N * D, true), first[N * D], second[N * D];
+    uint16_t *t = to_elements(x, 3 * N * D, true);
+    uint16_t *first = NEW(uint16_t, N *D), *second = NEW(uint16_t, N *D);
     struct cuda_attend_args a = {.q = t, .k = t + N * D, .v = t + 2 * N * D, .o = first,
                                  .n_heads = 1, .group = 1, .d = D, .n_rows = N, .n_tail = N,
                                  .q_stride = N, .kv_stride = N, .scale = .125f};
@@ -513,9 +552,11 @@ static void the_same_input_gives_the_same_bits(void **state)
     run(cuda_grid_attend(&a, true, false));
     a.o = second;
     run(cuda_grid_attend(&a, true, false));
-    assert_memory_equal(first, second, sizeof first);
-    free(x);
-    free(t);
+    assert_memory_equal(first, second, N * D * sizeof *first);
+    kernel_free(first);
+    kernel_free(second);
+    kernel_free(x);
+    kernel_free(t);
 }
 
 int main(void)
@@ -533,6 +574,7 @@ int main(void)
         cmocka_unit_test(resumed_rows_see_ragged_biased_pasts),
         cmocka_unit_test(a_key_that_is_not_finite_reaches_the_rows_that_see_it),
         cmocka_unit_test(window_mass_of_odd_sizes),
+        cmocka_unit_test(long_rows),
         cmocka_unit_test(the_same_input_gives_the_same_bits),
     };
 
