@@ -304,7 +304,7 @@ install: all
 	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
 	    $(foreach s,1 3 5 8,$(DESTDIR)$(PREFIX)/share/man/man$s)
 	install -m 755 $(B)/larderd $(DESTDIR)$(PREFIX)/sbin/larderd
-	install -m 755 $(B)/larder $(B)/larder-prefill $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(B)/larder $(B)/larder-prefill $(if $(CUDA),$(B)/larder-prefill-cuda) $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(B)/liblarder.so $(DESTDIR)$(PREFIX)/lib/liblarder.so.$(SOVERSION)
 	ln -sf liblarder.so.$(SOVERSION) $(DESTDIR)$(PREFIX)/lib/liblarder.so
 	install -m 644 $(B)/liblarder.a $(DESTDIR)$(PREFIX)/lib
