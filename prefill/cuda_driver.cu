@@ -23,6 +23,7 @@ struct shape {
     uint32_t n, n_in, n_out;
     bool bf16, add;
     uint64_t ldx, ldy;
+    uint32_t align; /* of all three matrices */
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t w, x, y;
     cublasLtMatmulAlgo_t algo;
@@ -248,6 +249,27 @@ int describe(struct shape *s)
     return rc;
 }
 
+/* Rows in the middle of a buffer start anywhere; cuBLASLt takes 256 bytes for granted. */
+uint32_t alignment(const struct cuda_gemm *g)
+{
+    uintptr_t bits = (uintptr_t)g->x | (uintptr_t)g->w | (uintptr_t)g->y | 256;
+
+    return (uint32_t)(bits & -bits);
+}
+
+int say_alignment(cublasLtMatmulPreference_t p, uint32_t bytes)
+{
+    const cublasLtMatmulPreferenceAttributes_t which[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    int rc = 0;
+
+    for (cublasLtMatmulPreferenceAttributes_t a : which)
+        if (!rc)
+            rc = lt_rc(cublasLtMatmulPreferenceSetAttribute(p, a, &bytes, sizeof bytes));
+    return rc;
+}
+
 /* Among algorithms whose partial sums, if any, meet in the workspace in a fixed order. */
 int choose(device *d, struct shape *s)
 {
@@ -264,6 +286,8 @@ int choose(device *d, struct shape *s)
     if (!rc)
         rc = lt_rc(cublasLtMatmulPreferenceSetAttribute(
             p, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &fixed, sizeof fixed));
+    if (!rc)
+        rc = say_alignment(p, s->align);
     if (!rc)
         rc = lt_rc(cublasLtMatmulAlgoGetHeuristic(d->lt, s->op, s->w, s->x, s->y, s->y, p, 1, &best,
                                                   &found));
@@ -296,7 +320,8 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     for (uint32_t i = 0; i < d->n_shapes; i++) {
         s = &d->shape[i];
         if (s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
-            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy) {
+            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy &&
+            s->align == alignment(g)) {
             *ret = s;
             return 0;
         }
@@ -312,6 +337,7 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     s->add = g->add;
     s->ldx = g->ldx;
     s->ldy = g->ldy;
+    s->align = alignment(g);
     rc = describe(s);
     if (!rc)
         rc = choose(d, s);

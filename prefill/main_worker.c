@@ -520,7 +520,11 @@ static int take_job(struct worker *w, const struct frame *f, int fd, struct lard
         *e = why;
         return rc;
     }
-    return send_fail(&j, &why, e);
+    rc = send_fail(&j, &why, e);
+    if (rc || why.code != LARDER_EBACKEND)
+        return rc;
+    *e = why; /* a device that failed stays failed in this process; the next job gets a new one */
+    return why.code;
 }
 
 /* A profile that the daemon has for one of the models; it replaces the one at hand. */

@@ -14,7 +14,7 @@ enum { N = 100 };
 
 static struct backend *open_cuda(const struct model *m, enum kv_dtype dtype)
 {
-    struct backend_opts o = {dtype, 2};
+    struct backend_opts o = {.dtype = dtype, .n_threads = 2};
     struct backend *b = NULL;
     struct larder_err e = {0, ""};
 
@@ -26,7 +26,7 @@ static struct backend *open_cuda(const struct model *m, enum kv_dtype dtype)
 
 static struct backend *open_ref(const struct model *m)
 {
-    struct backend_opts o = {KV_F32, 2};
+    struct backend_opts o = {.dtype = KV_F32, .n_threads = 2};
     struct backend *b = NULL;
 
     assert_int_equal(backend_ref.open(&b, m, &o, NULL), 0);
@@ -452,7 +452,7 @@ static void a_buffer_is_copied_only_when_the_other_side_changed_it(void **state)
 
 static void expect_refusal(const struct model *m, int code, const char *part)
 {
-    struct backend_opts o = {KV_BF16, 1};
+    struct backend_opts o = {.dtype = KV_BF16, .n_threads = 1};
     struct backend *b = NULL;
     struct larder_err e = {0, ""};
 
@@ -560,7 +560,7 @@ static void host_memory_that_is_out_is_an_error(void **state)
 
     (void)state;
     for (long at = 0;; at += 1 + at / 4) {
-        struct backend_opts o = {KV_F32, 1};
+        struct backend_opts o = {.dtype = KV_F32, .n_threads = 1};
         struct engine_result r = {0};
         struct backend *b = NULL;
         long left = at;
