@@ -4,6 +4,8 @@
 #   make            everything          make check      all tests
 #   make demo       the tour            make bench      benchmarks against peers
 #   make install    DESTDIR, PREFIX     make clean
+#   make CUDA=1     and larder-prefill-cuda (CUDA Toolkit 13 in CUDA_HOME); then make check-cuda
+#                   and make bench-cuda on a machine with a GPU
 
 VERSION := $(shell cat VERSION)
 PREFIX ?= /usr/local
@@ -33,6 +35,20 @@ MAY_tests   := base store ipc prefill client
 MAY_prefill_main := base ipc
 
 DIRS := base store prefill ipc client daemon
+
+# ---- CUDA: device code and what talks to the driver is in prefill/cuda_*.cu and goes into
+# larder-prefill-cuda alone; the plain C around it is part of libprefill.a and tested everywhere.
+CUDA ?=
+CUDA_HOME ?= /usr/local/cuda
+NVCC ?= $(CUDA_HOME)/bin/nvcc
+CUDA_ARCHS ?= 80 90 100 120
+comma_sm = -gencode arch=compute_$1,code=sm_$1
+nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
+    $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
+    -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+    -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
+    $(if $(findstring dequant,$1),--fmad=false)
+LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
         -Wvla -Wwrite-strings -Wundef -Wformat=2 -Werror
@@ -80,12 +96,11 @@ SRC_daemon  := $(filter-out $(DAEMON_MAIN),$(call src,daemon))
 
 lib = $(B)/lib$1.a
 PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
-            $(if $(PREFILL_MAIN),$(B)/larder-prefill)
+            $(if $(PREFILL_MAIN),$(B)/larder-prefill) $(if $(CUDA),$(B)/larder-prefill-cuda)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
 .PHONY: all check check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
-    eval-public eval-long bench bench-decoders demo install clean \
-    lint format
+    check-cuda eval-public eval-long bench bench-decoders bench-cuda demo install clean lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -119,6 +134,27 @@ $(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,daemon store ipc base)
 $(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc base)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
+
+CUDA_SRC := $(wildcard prefill/cuda_*.cu)
+CUDA_DIR := $(B)/cuda-$(subst $(eval ) ,-,$(strip $(CUDA_ARCHS)))
+CUDA_OBJ := $(patsubst %.cu,$(CUDA_DIR)/%.o,$(CUDA_SRC))
+
+$(CUDA_DIR)/%.o: %.cu $(wildcard prefill/cuda*.h prefill/cuda*.cuh tests/cuda/harness.h)
+	@mkdir -p $(@D)
+	@$(call say,NVCC,$<)
+	$(Q)$(NVCC) $(call nvflags,$<) $(if $(filter tests/%,$<),-Itests/cuda) -c -o $@ $<
+
+# The list of backends, with cuda in it.
+$(B)/cuda/backend.o: prefill/backend.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(call cflags,$<) -DLARDER_CUDA -c -o $@ $<
+
+$(CUDA_DIR)/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o $(CUDA_OBJ) \
+        $(call archives,prefill ipc base)
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc) $(LIBS_cuda)
+$(B)/larder-prefill-cuda: $(CUDA_DIR)/larder-prefill-cuda
+	@cp $< $@
 
 $(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
 	@$(call say,LD,$@)
@@ -170,6 +206,46 @@ $(B)/libcli.a: $(call obj,$(filter-out client/cli_main.c,$(CLI_SRC)))
 $(B)/tests/test_client_eval: $(B)/libcli.a
 $(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
 
+# The CUDA kernels, built for a processor, and a device that is host memory (tests/cuda).
+SHIM_OBJ := $(patsubst prefill/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \
+            $(B)/shim/shim.o $(B)/shim/fake_device.o $(B)/shim/harness_host.o
+shim_flags = -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -MMD -MP \
+             $(if $(SAN),-fsanitize=$(SAN)) $(CFLAGS) -Itests/cuda -Iprefill -Ibase
+$(B)/shim/%.o: prefill/%.cu tests/cuda/shim.h
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(shim_flags) -include tests/cuda/shim.h -x c++ -c -o $@ $<
+$(B)/shim/shim.o: tests/cuda/shim.cc
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(shim_flags) -c -o $@ $<
+$(B)/shim/%.o: tests/cuda/%.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda -Iprefill -Ibase -c -o $@ $<
+$(B)/libcudashim.a: $(SHIM_OBJ)
+	@rm -f $@ && ar rcs $@ $^
+# larder-prefill-cuda on that device: what the program does, without a GPU.
+$(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
+        $(call archives,prefill ipc base) $(B)/libcudashim.a
+	@$(call say,LD,$@)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
+	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
+CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
+$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
+$(CUDA_UNIT): CFLAGS += -Itests/cuda
+$(CUDA_UNIT): LIBS_prefill += -lstdc++
+
+# The same kernel tests, and others, on a GPU.
+DEVICE_TESTS := $(addprefix $(CUDA_DIR)/,test_kernels test_device bench_device)
+device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda -Iprefill -Ibase $(ldmust) $(LDFLAGS) \
+    -o $@ $(filter %.c %.o %.a,$^) $(LIBS_tests) $(LIBS_prefill) $(LIBS_cuda)
+$(CUDA_DIR)/test_kernels: tests/unit/test_prefill_cuda_kernels.c \
+        $(CUDA_DIR)/tests/cuda/harness_device.o $(CUDA_OBJ) $(call archives,prefill base)
+	@$(call say,LD,$@)
+	$(Q)$(device_cc)
+$(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c $(CUDA_OBJ) \
+        $(call archives,prefill base)
+	@$(call say,LD,$@)
+	$(Q)$(device_cc)
+
 # tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
 needs_all := prefill client ipc base
 LIBS_all  := $(LIBS_prefill) $(LIBS_client)
@@ -180,8 +256,16 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
-check: all $(UNIT)
-	tests/run.sh $(B) lint unit models python eval e2e golden
+check: all $(UNIT) $(B)/shim/larder-prefill-cuda
+	tests/run.sh $(B) lint cuda-build unit models python eval e2e golden
+
+# On a machine with a GPU: kernels, products, memory, sanitizers, recorded runs. What the
+# machine lacks is named and skipped.
+check-cuda: all $(B)/larder-prefill-cuda $(DEVICE_TESTS)
+	CUDA_DIR=$(CUDA_DIR) tests/run.sh $(B) cuda
+
+bench-cuda: $(B)/larder-prefill-cuda $(DEVICE_TESTS)
+	$(PYTHON) tests/cuda/bench.py --build $(B) --device-bench $(CUDA_DIR)/bench_device $(BENCH_FLAGS)
 
 check-unit: $(UNIT)
 	tests/run.sh $(B) unit
@@ -191,11 +275,11 @@ check-unit: $(UNIT)
 check-decoders: all
 	tests/run.sh $(B) python decoders
 
-check-e2e: all
+check-e2e: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) e2e
 
 # Every recorded run on both backends (make check runs a covering subset).
-check-golden: all
+check-golden: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) golden-all
 
 # Models of every architecture, made at random by transformers, as directories and as GGUF (make
@@ -254,7 +338,7 @@ install: all
 	    $(DESTDIR)$(PREFIX)/lib/sysusers.d $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
 	    $(foreach s,1 3 5 8,$(DESTDIR)$(PREFIX)/share/man/man$s)
 	install -m 755 $(B)/larderd $(DESTDIR)$(PREFIX)/sbin/larderd
-	install -m 755 $(B)/larder $(B)/larder-prefill $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(B)/larder $(B)/larder-prefill $(if $(CUDA),$(B)/larder-prefill-cuda) $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(B)/liblarder.so $(DESTDIR)$(PREFIX)/lib/liblarder.so.$(SOVERSION)
 	ln -sf liblarder.so.$(SOVERSION) $(DESTDIR)$(PREFIX)/lib/liblarder.so
 	install -m 644 $(B)/liblarder.a $(DESTDIR)$(PREFIX)/lib

@@ -70,7 +70,8 @@ int cli_status(struct cli *c, struct larder_err *e)
     print_activity(c, st);
     json_array_foreach (json_object_get(st, "models"), i, model)
         cli_pair(c, "model",
-                 cli_text("%s, worker %s", cli_str(model, "name"), cli_str(model, "worker")));
+                 cli_text("%s, worker %s%s%s", cli_str(model, "name"), cli_str(model, "worker"),
+                          *cli_str(model, "device") ? ", " : "", cli_str(model, "device")));
     json_decref(st);
     return 0;
 }

@@ -128,6 +128,7 @@ void engine_options(struct engine *en, const struct cli *c, const struct engine_
 {
     engine_option(en, "--dtype", m->dtype);
     engine_option(en, "--backend", m->backend);
+    en->cuda = m->backend && !strcmp(m->backend, "cuda");
     engine_option(en, "--threads", c->opt[OPT_THREADS]);
 }
 
@@ -153,21 +154,22 @@ int engine_profile(struct engine *en, struct cli *c, const struct engine_model *
 /* ---- running it */
 
 /* larder-prefill beside this program, else whatever PATH finds. */
-static char *find_engine(void)
+static char *find_engine(bool cuda)
 {
+    const char *name = cuda ? ENGINE "-cuda" : ENGINE;
     char self[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     char *beside, *slash;
 
     if (n <= 0)
-        return cli_text(ENGINE);
+        return cli_text("%s", name);
     self[n] = '\0';
     slash = strrchr(self, '/');
-    beside = cli_text("%.*s/" ENGINE, slash ? (int)(slash - self) : 0, self);
+    beside = cli_text("%.*s/%s", slash ? (int)(slash - self) : 0, self, name);
     if (!access(beside, X_OK))
         return beside;
     mem_free(beside);
-    return cli_text(ENGINE);
+    return cli_text("%s", name);
 }
 
 /* In the child: never returns. */
@@ -229,7 +231,7 @@ static int read_pipe(int fd, json_t **ret, struct larder_err *e)
 /* Start it. With ret_fd, its standard output is a pipe whose end that is. */
 static int spawn(const struct engine *en, pid_t *ret_pid, int *ret_fd, struct larder_err *e)
 {
-    char *program = find_engine();
+    char *program = find_engine(en->cuda);
     int p[2] = {-1, -1}, rc = 0;
     pid_t pid = -1;
 

@@ -17,6 +17,7 @@
 struct engine {
     char *arg[ENGINE_MAX_ARGS + 1]; /* owned, NULL-terminated; the first is the program */
     int n;
+    bool cuda; /* the program is larder-prefill-cuda */
     int fd[ENGINE_MAX_FDS]; /* owned, to be inherited */
     int n_fds;
 };

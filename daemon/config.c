@@ -42,7 +42,8 @@ static const struct key top_keys[] = {
     {"worker_socket", STRING, TOP(worker_socket), 0, 0, "/run/larder/worker.sock",
      "socket for prefill workers that larderd does not start itself"},
     {"worker_program", STRING, TOP(worker_program), 0, 0, "",
-     "larder-prefill to start; empty: beside larderd, then ../bin"},
+     "larder-prefill to start (-cuda is added for backend cuda); empty: beside larderd, then "
+     "../bin"},
     {"worker_idle", SECONDS, TOP(worker_idle_s), 1, 86400, "60s",
      "end a worker without a job after"},
     {"worker_timeout", SECONDS, TOP(worker_timeout_s), 1, 86400, "10m",
@@ -67,7 +68,7 @@ static const struct key top_keys[] = {
 #define MODEL(field) offsetof(struct config_model, field)
 static const struct key model_keys[] = {
     {"path", STRING, MODEL(path), 0, 0, "", "a GGUF file, or a directory as Hugging Face has it"},
-    {"backend", STRING, MODEL(backend), 0, 0, "cpu", "cpu or ref"},
+    {"backend", STRING, MODEL(backend), 0, 0, "cpu", "cpu, cuda (in a build with CUDA=1) or ref"},
     {"dtype", STRING, MODEL(dtype), 0, 0, "auto",
      "auto (bf16 where the processor has it, else f32), bf16 or f32"},
     {"threads", COUNT, MODEL(threads), 0, 1024, "0", "threads of its worker; 0: one per processor"},

@@ -43,6 +43,7 @@ struct model {
     struct path_id id; /* of what was hashed; size 0: nothing is known */
     uint8_t fp[32], tokenizer_fp[32], template_fp[32];
     char template[KV_MAX_TEMPLATE], backend[16], isa[32], dtype[8];
+    char device[192]; /* of a backend that has one; "" */
     struct kv_geom geom;
     uint32_t n_vocab, n_positions;
     struct worker *worker; /* running or starting; NULL: none */

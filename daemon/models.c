@@ -173,6 +173,9 @@ int model_hello(struct worker *w, const json_t *hello, const json_t *o, struct l
         rc = copy_field(hello, "isa", fresh.isa, sizeof fresh.isa, e);
     if (!rc)
         rc = copy_field(hello, "dtype", fresh.dtype, sizeof fresh.dtype, e);
+    *fresh.device = '\0';
+    if (!rc && json_object_get(hello, "device"))
+        rc = copy_field(hello, "device", fresh.device, sizeof fresh.device, e);
     if (rc)
         return rc;
     fresh.known = true;

@@ -180,6 +180,8 @@ static json_t *model_object(const struct model *m)
     set(j, "n_positions", json_integer(m->n_positions));
     set(j, "profile", *m->profile_id ? json_string(m->profile_id) : json_null());
     set(j, "worker", json_string(m->worker ? "running" : "stopped"));
+    if (*m->device)
+        set(j, "device", json_string(m->device));
     return j;
 }
 

@@ -177,14 +177,17 @@ static struct worker *worker_new(struct daemon *d, int sock, int err_fd, pid_t p
     return w;
 }
 
-static void program_path(const struct daemon *d, char *out, size_t cap)
+/* Backend cuda is in a program of its own, so that nobody else needs CUDA's libraries. */
+static void program_path(const struct daemon *d, const struct config_model *c, char *out,
+                         size_t cap)
 {
     static const char *const beside[] = {"larder-prefill", "../bin/larder-prefill"};
+    const char *suffix = strcmp(c->backend, "cuda") ? "" : "-cuda";
     char self[3072];
     ssize_t n;
 
     if (*d->conf.worker_program) {
-        snprintf(out, cap, "%s", d->conf.worker_program);
+        snprintf(out, cap, "%s%s", d->conf.worker_program, suffix);
         return;
     }
     n = readlink("/proc/self/exe", self, sizeof self - 1);
@@ -192,11 +195,11 @@ static void program_path(const struct daemon *d, char *out, size_t cap)
     if (strrchr(self, '/'))
         strrchr(self, '/')[1] = '\0';
     for (int i = 0; i < 2; i++) {
-        snprintf(out, cap, "%s%s", self, beside[i]);
+        snprintf(out, cap, "%s%s%s", self, beside[i], suffix);
         if (!access(out, X_OK))
             return;
     }
-    snprintf(out, cap, "larder-prefill");
+    snprintf(out, cap, "larder-prefill%s", suffix);
 }
 
 static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int err_fd)
@@ -209,7 +212,7 @@ static pid_t spawn(const struct daemon *d, const struct model *m, int sock, int 
     pid_t pid = -1;
     int n = 0, rc;
 
-    program_path(d, program, sizeof program);
+    program_path(d, c, program, sizeof program);
     snprintf(model, sizeof model, "%s=%s%s%s", c->name, c->path,
              strcmp(c->template, "auto") ? ",template=" : "",
              strcmp(c->template, "auto") ? c->template : "");
@@ -275,7 +278,11 @@ struct worker *worker_start(struct daemon *d, struct model *m, struct larder_err
                 close(err[0]);
         }
         larder_fail(e, LARDER_EWORKER,
-                    "larder-prefill cannot be started; set worker_program to its path");
+                    "larder-prefill%s cannot be started; %s",
+                    strcmp(m->conf->backend, "cuda") ? "" : "-cuda",
+                    strcmp(m->conf->backend, "cuda")
+                        ? "set worker_program to its path"
+                        : "build and install it with make CUDA=1, or configure backend = cpu");
         return NULL;
     }
     w->starting = m;

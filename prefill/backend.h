@@ -1,14 +1,17 @@
-/* backend.h - what a compute backend does: one table of functions over host memory.
+/* backend.h - what a compute backend does: one table of functions over rows of a layer.
  *
  * Purpose    The engine (engine.h) decides what happens to which rows in which order;
  *            a backend computes. `ref` is plain C in f32 and the oracle; `cpu` uses
- *            oneDNN and vector kernels, in bf16 or f32. A backend is chosen by
- *            configuration and never replaced silently.
+ *            oneDNN and vector kernels, in bf16 or f32; `cuda` (program larder-prefill-cuda)
+ *            a GPU. A backend is chosen by configuration and never replaced silently.
  * Shapes     n rows (tokens) enter a call. hidden: [n][n_hidden] f32.
  *            q: [n_heads][stride][head_dim], k and v: [n_kv_heads][stride][head_dim], of the
  *            backend's element type, rotate-half RoPE applied to q and k.
  *            o: [n][n_heads * head_dim], element type. `stride` is the row capacity of the
  *            buffers (>= rows used).
+ * Memory     Every pointer of a call is a host address. Rows that live through many calls are
+ *            best allocated by backend_buffer_new(): a backend with memory of its own then
+ *            keeps them there, and whoever looks at them calls backend_view() first.
  * Ownership  open/close, layer_load/layer_free, head_load/head_free pair up; frees accept NULL.
  * Threads    One caller at a time; a backend spreads work over its own threads. Results are
  *            bit-identical for any thread count.
@@ -32,6 +35,7 @@ struct head;    /* output norm and output matrix */
 struct backend_opts {
     enum kv_dtype dtype; /* KV_F32 or KV_BF16: weights, activations and K/V; sums are f32 */
     uint32_t n_threads;  /* 0: one per processor this process may use */
+    bool stream;         /* cuda: read weights layer by layer even where all of them would fit */
 };
 
 /* Rows that enter a layer. */
@@ -90,6 +94,8 @@ static inline uint32_t sliding_from(uint32_t sliding, uint32_t i)
 
 typedef void backend_item_fn(void *arg, uint32_t item, uint32_t worker);
 
+enum backend_view { VIEW_READ, VIEW_WRITE };
+
 struct backend_ops {
     const char *name;
 
@@ -134,6 +140,12 @@ struct backend_ops {
     /* fn(arg, item, worker) for each item below n on the backend's threads, worker < n_threads:
      * for work of the engine that is not a backend's (replay scores, matching). */
     void (*parallel)(struct backend *b, uint32_t n, backend_item_fn *fn, void *arg);
+
+    /* Buffers with a copy elsewhere; NULL where host memory is all there is. Callers use the
+     * functions below. */
+    void *(*buffer_new)(struct backend *b, uint64_t count, uint64_t size);
+    void (*buffer_free)(struct backend *b, void *p);
+    int (*view)(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
 };
 
 /* What every backend starts with, so that callers can ask. */
@@ -143,13 +155,31 @@ struct backend {
     const struct model_params *p; /* borrowed */
     enum kv_dtype elem;           /* of q, k, v, o: KV_F32 or KV_BF16 */
     uint32_t n_threads;
-    char isa[32]; /* "generic", "avx2", "avx512", "avx512_bf16", "amx_bf16" */
+    char isa[32]; /* "generic", "avx2", "avx512", "avx512_bf16", "amx_bf16", "sm_90" */
+
+    /* Of a backend with a device; empty and 0 otherwise. */
+    char device[192];                     /* its name, driver and memory */
+    uint64_t device_planned, device_peak; /* bytes: of the largest pass so far */
 };
 
 extern const struct backend_ops backend_ref;
 extern const struct backend_ops backend_cpu;
 
+extern const struct backend_ops backend_cuda; /* linked into larder-prefill-cuda only */
+
 /* By name; NULL when there is no such backend in this build. */
 const struct backend_ops *backend_find(const char *name);
+/* "ref and cpu": those of this build. */
+const char *backend_names(void);
+
+/* count * size bytes, zeroed and 64-byte aligned, for rows that calls of the table read and write;
+ * NULL when memory is out. Freed with backend_buffer_free() (NULL allowed), before the backend. */
+void *backend_buffer_new(struct backend *b, uint64_t count, uint64_t size);
+void backend_buffer_free(struct backend *b, void *p);
+
+/* Before the caller reads, or (VIEW_WRITE) also writes, memory of the buffer that holds p: after
+ * each call of the table that wrote to it, and until the next one that does. Does nothing for other
+ * memory. */
+int backend_view(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
 
 #endif

@@ -56,13 +56,13 @@ static int no_memory(struct larder_err *e, uint32_t n)
 
 static void run_done(struct run *r)
 {
-    mem_free(r->hidden);
+    backend_buffer_free(r->b, r->hidden);
     mem_free(r->pos);
     mem_free(r->original);
-    mem_free(r->q);
-    mem_free(r->k);
-    mem_free(r->v);
-    mem_free(r->o);
+    backend_buffer_free(r->b, r->q);
+    backend_buffer_free(r->b, r->k);
+    backend_buffer_free(r->b, r->v);
+    backend_buffer_free(r->b, r->o);
     mem_free(r->score);
     mem_free(r->worth);
     cut_done(&r->cut);
@@ -92,13 +92,13 @@ static bool alloc_rows(struct run *r)
     uint64_t per_head = (uint64_t)r->stride * elem, n = r->n0 + r->n_probe;
     uint64_t scores = any_scores(r) ? (uint64_t)g->n_kv_heads * r->n0 : 0;
 
-    r->hidden = mem_aligned(n * r->p->n_hidden, sizeof *r->hidden);
+    r->hidden = backend_buffer_new(r->b, n * r->p->n_hidden, sizeof *r->hidden);
     r->pos = mem_alloc(n, sizeof *r->pos);
     r->original = mem_alloc(r->n0, sizeof *r->original);
-    r->q = mem_aligned(g->n_heads, per_head);
-    r->k = mem_aligned(g->n_kv_heads, per_head);
-    r->v = mem_aligned(g->n_kv_heads, per_head);
-    r->o = mem_aligned(g->n_heads, per_head);
+    r->q = backend_buffer_new(r->b, g->n_heads, per_head);
+    r->k = backend_buffer_new(r->b, g->n_kv_heads, per_head);
+    r->v = backend_buffer_new(r->b, g->n_kv_heads, per_head);
+    r->o = backend_buffer_new(r->b, g->n_heads, per_head);
     r->score = mem_alloc(scores, sizeof *r->score);
     r->worth = mem_alloc(any_weighs(r) ? scores : 0, sizeof *r->worth);
     return r->hidden && r->pos && r->original && r->q && r->k && r->v && r->o && r->score &&
@@ -116,7 +116,7 @@ static int embed_row(struct run *r, uint32_t id, uint32_t row, struct larder_err
 static int embed(struct run *r, const uint32_t *ids, const uint32_t *original,
                  const uint32_t *probe, struct larder_err *e)
 {
-    int rc = 0;
+    int rc = backend_view(r->b, r->hidden, VIEW_WRITE, e);
 
     for (uint32_t i = 0; i < r->n0 && !rc; i++) {
         r->original[i] = original ? original[i] : i;
@@ -260,6 +260,10 @@ static int keep_rows(struct run *r, struct rung *g, const struct layer_view *x,
     }
     if (!rc && weighed)
         rc = observe_worth(x, r->worth, e);
+    if (!rc)
+        rc = backend_view(r->b, r->k, VIEW_READ, e);
+    if (!rc)
+        rc = backend_view(r->b, r->v, VIEW_READ, e);
     return rc ? rc : rung_layer(g, &rows, NULL, e);
 }
 
@@ -284,10 +288,13 @@ static int observe(struct run *r, uint32_t layer, bool *ret_cut, struct larder_e
 /* ---- fewer rows for the layers above */
 
 /* Go on with rows[n] of the document, ascending, and with the probe. */
-static void shrink(struct run *r, const uint32_t *rows, uint32_t n)
+static int shrink(struct run *r, const uint32_t *rows, uint32_t n, struct larder_err *e)
 {
     uint64_t row = r->p->n_hidden * sizeof *r->hidden;
+    int rc = backend_view(r->b, r->hidden, VIEW_WRITE, e);
 
+    if (rc)
+        return rc;
     for (uint32_t i = 0; i < n + r->n_probe; i++) { /* from >= i: moving down in place */
         uint32_t from = i < n ? rows[i] : r->n + i - n;
 
@@ -297,18 +304,20 @@ static void shrink(struct run *r, const uint32_t *rows, uint32_t n)
             r->original[i] = r->original[from];
     }
     r->n = n;
+    return 0;
 }
 
 static int cut_here(struct run *r, uint32_t layer, struct larder_err *e)
 {
     uint32_t *rows = mem_alloc(r->n, sizeof *rows);
+    int rc;
 
     if (!rows)
         return no_memory(e, r->n);
-    shrink(r, rows, cut_rows(&r->cut, r->n, rows));
+    rc = shrink(r, rows, cut_rows(&r->cut, r->n, rows), e);
     mem_free(rows);
     r->sel_layer = (int32_t)layer;
-    return 0;
+    return rc;
 }
 
 /* The best `n_keep` of the first `n_context` rows - the policy's first ones are the best - and
@@ -329,7 +338,7 @@ static int decay_rows(struct run *r, double *score, uint32_t n_context, uint32_t
         select_top(order, n_keep, rows);
         for (uint32_t i = n_context; i < r->n; i++)
             rows[n_keep + i - n_context] = i;
-        shrink(r, rows, n_keep + r->n - n_context);
+        rc = shrink(r, rows, n_keep + r->n - n_context, e);
     }
     mem_free(order);
     mem_free(rows);

@@ -13,7 +13,7 @@
 
 #define PROGRAM "larder-prefill"
 #define BIT(k) (1ull << OPTION_##k)
-#define ENGINE_BITS (BIT(BACKEND) | BIT(DTYPE) | BIT(THREADS) | BIT(HELP))
+#define ENGINE_BITS (BIT(BACKEND) | BIT(DTYPE) | BIT(THREADS) | BIT(STREAM) | BIT(HELP))
 
 static const struct command commands[] = {
     {"trace", "--model PATH (--file F | --tokens F) --policy P... [--template T] [options]",

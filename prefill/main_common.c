@@ -56,9 +56,10 @@ int setup_backend(const struct options *o, const struct model *m, struct backend
     if (rc)
         return rc;
     if (!ops)
-        return larder_fail(e, LARDER_EBACKEND, "no backend is named '%.40s'; there are ref and cpu",
-                           name);
+        return larder_fail(e, LARDER_EBACKEND, "no backend is named '%.40s' here; there are %s",
+                           name, backend_names());
     bo.n_threads = (uint32_t)threads;
+    bo.stream = o->n[OPTION_STREAM];
     if (!dtype || !strcmp(dtype, "auto"))
         return open_auto(ops, m, bo, ret, e);
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))

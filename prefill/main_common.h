@@ -39,9 +39,10 @@
     X(IMAGE_FD, "image-fd", 1, "N", "a sealed cache image; --questions takes several")             \
     X(POLICY, "policy", 1, "P", "pruning policy; may be given several times")                      \
     X(TEMPLATE, "template", 1, "T", "chat template (default: the model's)")                        \
-    X(BACKEND, "backend", 1, "B", "ref or cpu (default: cpu)")                                     \
+    X(BACKEND, "backend", 1, "B", "cpu (default), ref, or cuda in larder-prefill-cuda")            \
     X(DTYPE, "dtype", 1, "D", "auto, bf16 or f32; auto is bf16 where the processor has it")        \
     X(THREADS, "threads", 1, "N", "threads (default: one per processor)")                          \
+    X(STREAM, "stream", 0, "", "cuda: do not keep all weights on the device")                      \
     X(MAX_NEW, "max-new", 1, "N", "tokens to generate at most (default: 128)")                     \
     X(IGNORE_EOS, "ignore-eos", 0, "", "go on after the end token")                                \
     X(TRACE, "trace", 0, "", "add the document's trace to the JSON answer")                        \
@@ -179,6 +180,8 @@ json_t *json_variance(const struct engine_result *r);
 /* The certificate's object, or null. */
 json_t *json_certificate(const struct certificate *c);
 /* The object that `trace` prints. */
+/* Name and memory of the backend's device; NULL where it has none. */
+json_t *json_device(const struct backend *b);
 json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
                    const struct cache *c);
 /* Print compactly on one line and release `j`; NULL means that memory ran out. */

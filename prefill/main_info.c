@@ -32,6 +32,8 @@ static void print_info(const struct info *in)
     printf("model       %s\n", in->model);
     printf("tokenizer   %s\n", in->tokenizer);
     printf("backend     %s, %s, %s\n", b->ops->name, kv_dtype_name(b->elem), b->isa);
+    if (*b->device)
+        printf("device      %s\n", b->device);
     for (uint32_t i = 0; i < in->n_policies; i++)
         printf("policy      %s\n", in->policy[i]);
 }
@@ -44,7 +46,7 @@ static json_t *json_info(const struct info *in)
 
     for (uint32_t i = 0; i < in->n_policies; i++)
         json_array_append_new(policies, json_string(in->policy[i]));
-    return json_pack("{ss ss sI sI sI sI sI sI sI sI sf sf sI ss ss ss ss ss ss so}", "name",
+    return json_pack("{ss ss sI sI sI sI sI sI sI sI sf sf sI ss ss ss ss ss ss so ss*}", "name",
                      p->name, "arch", p->arch, "n_layers", (json_int_t)p->geom.n_layers, "n_heads",
                      (json_int_t)p->geom.n_heads, "n_kv_heads", (json_int_t)p->geom.n_kv_heads,
                      "head_dim", (json_int_t)p->geom.head_dim, "n_hidden", (json_int_t)p->n_hidden,
@@ -53,7 +55,8 @@ static json_t *json_info(const struct info *in)
                      p->norm_eps, "eos", (json_int_t)tokenizer_eos(model_tokenizer(in->s.model)),
                      "template", in->s.tmpl->name, "fingerprint", in->model,
                      "tokenizer_fingerprint", in->tokenizer, "backend", b->ops->name, "dtype",
-                     kv_dtype_name(b->elem), "isa", b->isa, "policies", policies);
+                     kv_dtype_name(b->elem), "isa", b->isa, "policies", policies, "device",
+                     *b->device ? b->device : NULL);
 }
 
 static int spell_policies(const struct options *o, struct info *in, struct larder_err *e)

@@ -84,13 +84,21 @@ static json_t *json_rows(const struct cache *c)
     return layers;
 }
 
+json_t *json_device(const struct backend *b)
+{
+    if (!*b->device)
+        return NULL;
+    return json_pack("{ss sI sI}", "name", b->device, "planned_bytes",
+                     (json_int_t)b->device_planned, "peak_bytes", (json_int_t)b->device_peak);
+}
+
 json_t *json_trace(const struct backend *b, const struct policy *p, const struct engine_result *r,
                    const struct cache *c)
 {
     char policy[POLICY_TEXT_MAX];
 
     policy_print(p, policy);
-    return json_pack("{sI sI ss so so so so so so ss ss ss sf sf sI}", "n_ctx",
+    return json_pack("{sI sI ss so so so so so so ss ss ss sf sf sI so*}", "n_ctx",
                      (json_int_t)r->n_ctx, "next_pos", (json_int_t)r->next_pos, "policy", policy,
                      "sel_layer", r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer),
                      "rank_variance", json_variance(r), "selected",
@@ -98,7 +106,8 @@ json_t *json_trace(const struct backend *b, const struct policy *p, const struct
                      json_rows(c), "top_logits", json_top_logits(r->logits, b->p->n_vocab),
                      "certificate", json_certificate(&r->certificate), "backend", b->ops->name,
                      "dtype", kv_dtype_name(b->elem), "isa", b->isa, "prefill_ms", r->prefill_ms,
-                     "load_ms", r->load_ms, "peak_bytes", (json_int_t)peak_bytes());
+                     "load_ms", r->load_ms, "peak_bytes", (json_int_t)peak_bytes(), "device",
+                     json_device(b));
 }
 
 int json_print(json_t *j, struct larder_err *e)

@@ -154,7 +154,8 @@ json_t *worker_hello(const struct worker *w)
             json_decref(models);
             return NULL;
         }
-    return json_pack("{sI ss ss ss sI so}", "pid", (json_int_t)getpid(), "backend", b->ops->name,
-                     "isa", b->isa, "dtype", kv_dtype_name(b->elem), "threads",
-                     (json_int_t)b->n_threads, "models", models);
+    return json_pack("{sI ss ss ss sI so ss*}", "pid", (json_int_t)getpid(), "backend",
+                     b->ops->name, "isa", b->isa, "dtype", kv_dtype_name(b->elem), "threads",
+                     (json_int_t)b->n_threads, "models", models, "device",
+                     *b->device ? b->device : NULL);
 }

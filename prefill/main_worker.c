@@ -446,12 +446,13 @@ static int send_prepared(struct job *j, struct larder_err *e)
 static int send_done(struct job *j, const struct engine_result *r, struct larder_err *e)
 {
     json_t *body = json_pack(
-        "{sI sI so sb so so sI sI sI}", "job", (json_int_t)j->id, "next_pos",
+        "{sI sI so sb so so sI sI sI so*}", "job", (json_int_t)j->id, "next_pos",
         (json_int_t)r->next_pos, "sel_layer",
         r->sel_layer < 0 ? json_null() : json_integer(r->sel_layer), "renumbered",
         (int)r->renumbered, "rank_variance", json_variance(r), "certificate",
         json_certificate(&r->certificate), "prefill_ms", (json_int_t)(r->prefill_ms + 0.5),
-        "load_ms", (json_int_t)(r->load_ms + 0.5), "peak_bytes", (json_int_t)peak_bytes());
+        "load_ms", (json_int_t)(r->load_ms + 0.5), "peak_bytes", (json_int_t)peak_bytes(),
+        "device", json_device(j->s.backend));
 
     return send_bytes(j, FRAME_W_DONE, body, r->logits,
                       (uint64_t)j->s.backend->p->n_vocab * sizeof *r->logits, e);
@@ -523,7 +524,11 @@ static int take_job(struct worker *w, const struct frame *f, int fd, struct lard
         *e = why;
         return rc;
     }
-    return send_fail(&j, &why, e);
+    rc = send_fail(&j, &why, e);
+    if (rc || why.code != LARDER_EBACKEND)
+        return rc;
+    *e = why; /* a device that failed stays failed in this process; the next job gets a new one */
+    return why.code;
 }
 
 /* A profile that the daemon has for one of the models; it replaces the one at hand. */

@@ -217,14 +217,28 @@ static void put_unseen_last(const struct layer_view *x, double *score)
             score[(uint64_t)g * x->n + j] = UNSEEN;
 }
 
+/* The window's mass is the backend's work; all else is computed here. */
+static int look(const struct layer_view *x, const struct policy *p, struct larder_err *e)
+{
+    int rc;
+
+    if (p->obs == OBS_TAIL || p->obs == OBS_PROBE || p->obs == OBS_LAST)
+        return 0;
+    rc = backend_view(x->b, x->q, VIEW_READ, e);
+    if (!rc)
+        rc = backend_view(x->b, x->k, VIEW_READ, e);
+    return rc ? rc : backend_view(x->b, x->v, VIEW_READ, e);
+}
+
 int observe_layer(const struct layer_view *x, const struct policy *p, double *score,
                   struct larder_err *e)
 {
-    int rc = score_all(x, p, score, e);
+    int rc = look(x, p, e);
 
     if (!rc)
+        rc = score_all(x, p, score, e);
+    if (!rc)
         put_unseen_last(x, score);
-
     for (uint32_t g = 0; g < x->b->p->geom.n_kv_heads && !rc; g++)
         for (uint32_t j = p->sink; j < x->n - p->n_obs && !rc; j++)
             if (!isfinite(score[(uint64_t)g * x->n + j]))

@@ -80,8 +80,12 @@ int observe_attention(const struct layer_view *x, uint32_t row0, attention_row_f
                      .arg = arg};
     struct ref_source keys = {x->k, NULL, x->b->elem, w.n, x->stride, NULL};
     const char *isa;
-    int rc = ref_gather(geom, &keys, &w.keys, e);
+    int rc = backend_view(x->b, x->q, VIEW_READ, e);
 
+    if (!rc)
+        rc = backend_view(x->b, x->k, VIEW_READ, e);
+    if (!rc)
+        rc = ref_gather(geom, &keys, &w.keys, e);
     if (rc)
         return rc;
     w.mul = ref_mul_pick(&isa);

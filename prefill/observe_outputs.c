@@ -98,6 +98,8 @@ int observe_outputs(const struct layer_view *x, int norm, double *out, struct la
     else
         rc = load(&w, e);
     if (!rc)
+        rc = backend_view(x->b, x->v, VIEW_READ, e);
+    if (!rc)
         ref_for(x->b, n_heads, head_item, &w);
     for (uint32_t h = 0; w.head && h < n_heads; h++)
         mem_free(w.head[h].panel);

@@ -61,12 +61,12 @@ static void run_done(struct run *r)
     match_close(r->match);
     probes_free(r->probes);
     mem_free(r->past);
-    mem_free(r->hidden);
+    backend_buffer_free(r->b, r->hidden);
     mem_free(r->pos);
-    mem_free(r->q);
-    mem_free(r->k);
-    mem_free(r->v);
-    mem_free(r->o);
+    backend_buffer_free(r->b, r->q);
+    backend_buffer_free(r->b, r->k);
+    backend_buffer_free(r->b, r->v);
+    backend_buffer_free(r->b, r->o);
     mem_free(r->replayed);
     mem_free(r->score);
     mem_free(r->worth);
@@ -79,13 +79,13 @@ static bool alloc(struct run *r)
     uint64_t per_head = r->stride * kv_dtype_bytes(r->b->elem) * g->head_dim;
     uint64_t kept = (uint64_t)g->n_kv_heads * r->n;
 
-    r->hidden = mem_aligned((uint64_t)r->n_all * r->p->n_hidden, sizeof *r->hidden);
+    r->hidden = backend_buffer_new(r->b, (uint64_t)r->n_all * r->p->n_hidden, sizeof *r->hidden);
     r->pos = mem_alloc(r->n_all, sizeof *r->pos);
     r->past = mem_alloc(g->n_kv_heads, sizeof *r->past);
-    r->q = mem_aligned(g->n_heads, per_head);
-    r->k = mem_aligned(g->n_kv_heads, per_head);
-    r->v = mem_aligned(g->n_kv_heads, per_head);
-    r->o = mem_aligned(g->n_heads, per_head);
+    r->q = backend_buffer_new(r->b, g->n_heads, per_head);
+    r->k = backend_buffer_new(r->b, g->n_kv_heads, per_head);
+    r->v = backend_buffer_new(r->b, g->n_kv_heads, per_head);
+    r->o = backend_buffer_new(r->b, g->n_heads, per_head);
     r->replayed = mem_alloc(kept, sizeof *r->replayed);
     r->score = mem_alloc(kept, sizeof *r->score);
     if (r->obs == OBS_REPLAY_PLUS) {
@@ -118,7 +118,9 @@ static int embed_all(struct run *r, struct larder_err *e)
     int rc;
 
     r->n_all = 0;
-    rc = embed(r, r->doc->ids, NULL, r->n, e);
+    rc = backend_view(r->b, r->hidden, VIEW_WRITE, e);
+    if (!rc)
+        rc = embed(r, r->doc->ids, NULL, r->n, e);
     if (!rc)
         rc = embed(r, r->replay->ids, r->replay->pos, r->replay->n_rows, e);
     r->at_full = r->n_all;
@@ -325,6 +327,8 @@ static int weigh(struct run *r, uint32_t layer, struct larder_err *e)
                          : larder_fail(e, LARDER_ENOMEM, "no memory to weigh rows");
 
     if (!rc)
+        rc = backend_view(r->b, r->hidden, VIEW_READ, e);
+    if (!rc)
         rc = model_read_f32(r->b->model, layer, MODEL_ATTN_NORM, 0, 1, norm, e);
     for (uint64_t i = 0; i < n && !rc; i++)
         r->worth[i] = (float)out[i];
@@ -370,8 +374,14 @@ static int observe(struct run *r, uint32_t layer, struct larder_err *e)
     struct replay_rows x = {r->q, r->k, r->stride, r->worth, r->length};
     const float *score = NULL;
     bool plain = any_is_plain(r);
-    int rc = r->worth ? weigh(r, layer, e) : 0;
+    int rc = backend_view(r->b, r->q, VIEW_READ, e);
 
+    if (!rc)
+        rc = backend_view(r->b, r->k, VIEW_READ, e);
+    if (!rc)
+        rc = backend_view(r->b, r->v, VIEW_READ, e);
+    if (!rc && r->worth)
+        rc = weigh(r, layer, e);
     if (!rc && plain)
         rc = replay_score(r->b, r->replay, &x, r->replayed, e);
     if (!rc)
@@ -458,6 +468,8 @@ static int certify(struct run *r, struct larder_err *e)
                  ? 0
                  : larder_fail(e, LARDER_ENOMEM, "no memory for the probes' logits");
 
+    if (!rc)
+        rc = backend_view(r->b, r->hidden, VIEW_READ, e);
     for (uint32_t i = 0; i < r->probes->n && !rc; i += AT_ONCE)
         rc = certify_some(r, i, r->probes->n - i < AT_ONCE ? r->probes->n - i : AT_ONCE, hidden,
                           full, kept, e);

@@ -25,12 +25,12 @@ struct scan {
 
 static void scan_done(struct scan *s)
 {
-    mem_free(s->hidden);
+    backend_buffer_free(s->b, s->hidden);
     mem_free(s->pos);
-    mem_free(s->q);
-    mem_free(s->k);
-    mem_free(s->v);
-    mem_free(s->o);
+    backend_buffer_free(s->b, s->q);
+    backend_buffer_free(s->b, s->k);
+    backend_buffer_free(s->b, s->v);
+    backend_buffer_free(s->b, s->o);
     mem_free(s->score);
     mem_free(s->sum);
 }
@@ -39,18 +39,19 @@ static int scan_init(struct scan *s, const uint32_t *ids, struct larder_err *e)
 {
     const struct kv_geom *g = &s->p->geom;
     uint64_t per_head = (uint64_t)s->stride * kv_dtype_bytes(s->b->elem) * g->head_dim;
-    int rc = 0;
+    int rc;
 
-    s->hidden = mem_aligned((uint64_t)s->n * s->p->n_hidden, sizeof *s->hidden);
+    s->hidden = backend_buffer_new(s->b, (uint64_t)s->n * s->p->n_hidden, sizeof *s->hidden);
     s->pos = mem_alloc(s->n, sizeof *s->pos);
-    s->q = mem_aligned(g->n_heads, per_head);
-    s->k = mem_aligned(g->n_kv_heads, per_head);
-    s->v = mem_aligned(g->n_kv_heads, per_head);
-    s->o = mem_aligned(g->n_heads, per_head);
+    s->q = backend_buffer_new(s->b, g->n_heads, per_head);
+    s->k = backend_buffer_new(s->b, g->n_kv_heads, per_head);
+    s->v = backend_buffer_new(s->b, g->n_kv_heads, per_head);
+    s->o = backend_buffer_new(s->b, g->n_heads, per_head);
     s->score = mem_alloc((uint64_t)g->n_kv_heads * s->n, sizeof *s->score);
     s->sum = mem_zalloc(s->n, sizeof *s->sum);
     if (!s->hidden || !s->pos || !s->q || !s->k || !s->v || !s->o || !s->score || !s->sum)
         return larder_fail(e, LARDER_ENOMEM, "no memory to choose among %u tokens", s->n);
+    rc = backend_view(s->b, s->hidden, VIEW_WRITE, e);
     for (uint32_t i = 0; i < s->n && !rc; i++) {
         s->pos[i] = i;
         rc = model_read_f32(s->b->model, 0, MODEL_EMBED, ids[i], 1,

@@ -53,6 +53,8 @@ tiny() {
     for b in cpu ref; do
         run "golden, tiny model, $b" 300 python3 tests/golden/tiny.py --build "$build" --backend "$b"
     done
+    # the CUDA backend and its kernels, on host memory
+    run "golden, tiny model, cuda" 300 python3 tests/golden/tiny.py --build "$build/shim" --backend cuda
 }
 
 for group in "$@"; do
@@ -85,6 +87,21 @@ for group in "$@"; do
         for t in tests/e2e/[0-9]*.sh; do
             [ -e "$t" ] && run "$t" 300 "$t" "$build"
         done
+        ;;
+    cuda-build)
+        run "larder-prefill-cuda compiles and links (sm_90)" 1800 tests/cuda/build.sh "$build"
+        ;;
+    cuda) # make check-cuda
+        at=${CUDA_DIR:?make check-cuda sets it}
+        run "kernels on the GPU" 900 "$at/test_kernels"
+        run "backend on the GPU" 900 "$at/test_device"
+        for tool in memcheck racecheck; do
+            run "kernels under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_kernels"
+        done
+        run "golden, cuda f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda
+        run "golden, cuda bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda --dtype bf16
+        run "golden, kvpress, cuda" 3600 python3 tests/golden/kvpress.py --build "$build" --backend cuda
+        run "golden, tiny model, cuda" 300 python3 tests/golden/tiny.py --build "$build" --backend cuda
         ;;
     golden)
         run "golden, cpu f32" 900 python3 tests/golden/conform.py --build "$build" --backend cpu --subset

@@ -144,8 +144,9 @@ int main(int argc, char **argv)
     }
     if (model_open(&m, argv[1], &e))
         die(e.msg);
-    f32 = backend_cpu.open(&b, m, &(struct backend_opts){KV_BF16, 0}, &e) != 0;
-    backend_cpu.close(b);
+    f32 = backend_cpu.open(&b, m, &(struct backend_opts){.dtype = KV_BF16}, &e) != 0;
+    if (b)
+        backend_cpu.close(b);
     measure(m, f32, &best, &usual);
     printf("limit,tokens,runs,min_us,median_us,gflop_per_s\n");
     for (int i = 2; i < argc; i++) {

@@ -66,7 +66,7 @@ def check_logits(ours, golden, tol, n):
 def parser(doc):
     a = argparse.ArgumentParser(description=doc.split("\n")[0])
     a.add_argument("--build", default="build", help="build directory")
-    a.add_argument("--backend", default="cpu", choices=["ref", "cpu"])
+    a.add_argument("--backend", default="cpu", choices=["ref", "cpu", "cuda"])
     a.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     a.add_argument("--model", default=MODEL)
     a.add_argument("--threads", type=int, default=0)
@@ -79,6 +79,16 @@ def need_model(args):
         raise Skip("the model is not at %s; etc/setup.sh fetches it" % args.model)
 
 
+def program(args):
+    """The program that has the backend."""
+    path = os.path.join(args.build, "larder-prefill")
+    if args.backend == "cuda":
+        path += "-cuda"
+        if not os.path.exists(path):
+            raise Skip("the GPU is not tested: %s is not built; make CUDA=1 does" % path)
+    return path
+
+
 def options(args):
     words = ["--backend", args.backend, "--dtype", args.dtype]
     return words + (["--threads", str(args.threads)] if args.threads else [])
@@ -86,9 +96,11 @@ def options(args):
 
 def engine(args, words, fds=()):
     """The objects that larder-prefill prints."""
-    cmd = [os.path.join(args.build, "larder-prefill")] + words + [
+    cmd = [program(args)] + words + [
         "--model", args.model, "--json"] + options(args)
     p = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=fds)
+    if "LARDER_EBACKEND" in p.stderr and args.backend == "cuda":
+        raise Skip("the GPU is not tested: " + p.stderr.strip())
     if "LARDER_EBACKEND" in p.stderr and args.dtype == "bf16":
         raise Skip("bf16 is not tested: " + p.stderr.strip())
     if "LARDER_EUNSUPPORTED" in p.stderr:

@@ -6,7 +6,7 @@ rc=0
 
 # only HEADER-REGEX ALLOWED-PATH-REGEX NAME
 only() {
-    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] prefill/*.[ch] ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
+    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] prefill/*.[ch] prefill/*.cu prefill/*.cuh ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
         grep -vE "$2")
     if [ -n "$bad" ]; then
         echo "not ok - $3 is included only where DESIGN.md allows it"
@@ -25,6 +25,7 @@ only 'utf8proc' '^prefill/' utf8proc
 only 'event2?[/.]' '^daemon/' libevent
 only 'systemd/' '^daemon/' libsystemd
 only 'jansson\.h' '^(ipc|client|daemon)/|^prefill/(main|safetensors|hf_config|model_hf|tokenizer_json)' jansson
+only '(cu[a-z_]*(Lt|_v2|_runtime|_bf16)?\.h|mma\.h)' '^prefill/cuda_' CUDA
 only 'openssl/' '^base/sha256\.c$' libcrypto
 
 for s in MDB_NOSYNC MDB_NOMETASYNC MDB_WRITEMAP MDB_NORDAHEAD MDB_MAPASYNC; do

@@ -27,6 +27,7 @@ header_compiles() { # LANGUAGE COMPILER FLAGS
 }
 
 claim "larderd links no model code" links_none larderd 'dnnl|cuda|cublas|gomp|utf8proc'
+claim "larder-prefill links no CUDA" links_none larder-prefill 'cuda|cublas'
 claim "larder links no store and no model code" links_none larder 'dnnl|lmdb|zstd|event|gomp'
 claim "larder-prefill links no store" links_none larder-prefill 'lmdb|event'
 claim "liblarder links libc and jansson only" links_none liblarder.so 'dnnl|lmdb|zstd|event|crypto|gomp'

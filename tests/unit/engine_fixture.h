@@ -16,7 +16,7 @@ static const char *backend_name; /* set per group of tests */
 
 static inline struct backend *open_backend(const struct model *m, uint32_t n_threads)
 {
-    struct backend_opts o = {KV_F32, n_threads};
+    struct backend_opts o = {.dtype = KV_F32, .n_threads = n_threads};
     struct backend *b = NULL;
     struct larder_err e = {0, ""};
 

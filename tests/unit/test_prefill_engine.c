@@ -453,7 +453,7 @@ static void backends_agree(void **state)
 static void ref_has_no_bf16(void **state)
 {
     struct model m = fake_model();
-    struct backend_opts o = {KV_BF16, 1};
+    struct backend_opts o = {.dtype = KV_BF16, .n_threads = 1};
     struct backend *b = NULL;
 
     (void)state;

@@ -1,0 +1,165 @@
+/* cuda_kernel.h - the kernels of backend `cuda`: their names, arguments and launches.
+ *
+ * Purpose    The seam between plain C, which decides what runs on which bytes with which grid,
+ *            and cuda_*.cu, which computes. A launch is data, so that a test can look at it and
+ *            run it on a processor (tests/cuda).
+ * Shapes     As in backend.h. T is the element type: f32, or bf16 as 16 bits. Offsets are 64
+ *            bits wide wherever rows are multiplied by a width.
+ * Ownership  Arguments are copied at the launch; what they point to is device memory that lives
+ *            until the stream has passed.
+ * Order      No kernel adds with atomics and no split depends on anything but shapes: the same
+ *            input gives the same bits on the same device.
+ * Errors     Launch functions return 0 or the driver's own number.
+ */
+#ifndef LARDER_CUDA_KERNEL_H
+#define LARDER_CUDA_KERNEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum cuda_kernel {
+    CUDA_DEQUANT,
+    CUDA_RMSNORM,
+    CUDA_ANGLES,
+    CUDA_ROPE,
+    CUDA_SWIGLU,
+    CUDA_PAST,
+    CUDA_TAIL,
+    CUDA_ATTEND,     /* any head_dim, f32 products */
+    CUDA_ATTEND_MMA, /* bf16 tensor cores; variant: head_dim */
+    CUDA_WINDOW_LOGITS,
+    CUDA_WINDOW_STATS,
+    CUDA_WINDOW_MASS,
+    CUDA_KERNELS,
+};
+
+enum cuda_lane { CUDA_COMPUTE, CUDA_COPY, CUDA_LANES };
+
+struct cuda_launch {
+    enum cuda_kernel kernel;
+    bool bf16;        /* T */
+    uint32_t variant; /* of CUDA_ATTEND: keys and values are f32 although T is bf16 */
+    uint32_t grid[3], block, shared;
+    enum cuda_lane lane;
+    const void *args; /* the struct of the kernel, below */
+};
+
+/* Stored blocks to T, one thread an element. */
+struct cuda_dequant_args {
+    const uint8_t *src;
+    void *dst;
+    uint64_t n;
+    uint32_t type, block_len, block_bytes; /* dequant.h */
+};
+
+/* out[i] = x[i] / rms(x[i]) * w, one block a row. */
+struct cuda_rmsnorm_args {
+    const float *x; /* [grid][n] */
+    const float *w; /* [n] */
+    void *out;      /* [grid][n] T */
+    uint32_t n;
+    double eps;
+};
+
+/* table[n][2][half]: cos, sin of pos[i] * freq[j]. */
+struct cuda_angles_args {
+    const uint32_t *pos;
+    const double *freq;
+    float *table;
+    uint32_t n, half;
+};
+
+/* Rows of x, [n][(n_heads + 2 n_kv) d], rotated (q, k) and scattered to rows row0.. of
+ * [heads][stride][d]. One block a row. */
+struct cuda_rope_args {
+    const float *x, *table;
+    void *q, *k, *v;
+    uint32_t n_heads, n_kv, d, dims; /* dims: rotated elements of a head */
+    uint64_t row0, stride;
+};
+
+/* out[n][n_ff] = silu(x[.][0..n_ff]) * x[.][n_ff..2 n_ff]. */
+struct cuda_swiglu_args {
+    const float *x;
+    void *out;
+    uint64_t n;
+    uint32_t n_ff;
+};
+
+/* Stored rows of one KV head, as rows of T (packed: f32). */
+struct cuda_past_args {
+    const uint8_t *src;
+    void *dst; /* [n_rows][d] */
+    uint32_t n_rows, d;
+    uint32_t dtype; /* enum kv_dtype */
+    bool keys;
+    uint32_t n_exact;       /* packed.h */
+    uint64_t scales, codes; /* packed.h */
+    bool wide;              /* dst is f32 */
+};
+
+/* Rows 0..n of src [n_kv][stride][d] T behind the stored ones: dst [n_kv][dst_stride][d]. */
+struct cuda_tail_args {
+    const void *src;
+    void *dst;
+    const uint32_t *n_past; /* [n_kv] */
+    uint64_t stride, dst_stride;
+    uint32_t n, d, n_kv;
+    bool wide; /* dst is f32 */
+};
+
+/* o[i][h] = softmax(q[h][i] . K / sqrt(d) + bias) V for rows row0 <= i < n_rows; row i sees
+ * n_past[g] + n_tail - n_rows + i + 1 keys of its KV head g. */
+struct cuda_attend_args {
+    const void *q, *k, *v;
+    void *o;                /* [n_rows][n_heads * d] */
+    const float *bias;      /* [n_kv][bias_stride], of the first n_past[g] keys; or NULL */
+    const uint32_t *n_past; /* [n_kv]; NULL: none */
+    uint64_t q_stride, kv_stride, bias_stride;
+    uint32_t n_heads, group, d;
+    uint32_t n_rows, row0, n_tail;
+    float scale;
+};
+
+/* Window mass in three steps, over heads head0 .. head0 + n_batch - 1:
+ * logit[b][i][j] = q[h][n - w + i] . k[g][j] / sqrt(d), j <= n - w + i;
+ * stat[b][i] = (maximum, 1 / sum); mass[h][j] = sum over i of exp(logit - maximum) / sum. */
+struct cuda_window_args {
+    const void *q, *k;
+    float *logit; /* [n_batch][w][n] */
+    float *stat;  /* [n_batch][w][2] */
+    float *mass;  /* [n_heads][n - w] */
+    uint64_t stride;
+    uint32_t n, w, d, group, head0, n_batch;
+    float scale;
+};
+
+#define CUDA_ROW_BLOCK 256u  /* threads of row kernels */
+#define CUDA_ATTEND_ROWS 16u /* query rows of a block of CUDA_ATTEND */
+#define CUDA_ATTEND_KEYS 32u
+#define CUDA_MMA_ROWS 64u /* of CUDA_ATTEND_MMA: four warps of 16 rows */
+#define CUDA_MMA_KEYS 64u
+#define CUDA_MMA_PAD 8u      /* elements after each row in shared memory: no bank conflicts */
+#define CUDA_WINDOW_ROWS 16u /* window rows and keys of a block of CUDA_WINDOW_LOGITS */
+#define CUDA_WINDOW_KEYS 64u
+#define CUDA_MAX_HEAD_DIM 256u
+
+/* One per file; each knows its own kernels. `stream` is a cudaStream_t. */
+int cuda_launch_rows(const struct cuda_launch *l, void *stream);
+int cuda_launch_dequant(const struct cuda_launch *l, void *stream);
+int cuda_launch_attend(const struct cuda_launch *l, void *stream);
+int cuda_launch_mma(const struct cuda_launch *l, void *stream);
+int cuda_launch_window(const struct cuda_launch *l, void *stream);
+
+/* By kernel (cuda_launch.c). */
+int cuda_launch_any(const struct cuda_launch *l, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,216 @@
+/* fake_device.c - cuda_device for tests: memory is malloc'd, kernels run through the shim.
+ *
+ * Fresh memory is NaN, every lane runs at once, and a product is the plainest loop. */
+#include "fake_device.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "half.h"
+
+#define HEALTHY                                                                                    \
+    {                                                                                              \
+        .info = {.name = "fake device", .driver = 13000, .runtime = 13000, .major = 9,             \
+                 .total = 8ull << 30, .free = 4ull << 30, .shared_max = 227 << 10},                \
+        .fail_rc = 700,                                                                            \
+    }
+
+struct fake fake = HEALTHY;
+
+void fake_reset(void)
+{
+    fake = (struct fake)HEALTHY;
+}
+
+static int step(enum fake_call c)
+{
+    return ++fake.count[c] == fake.fail_at && fake.fail == c ? fake.fail_rc : 0;
+}
+
+static int fake_open(void **ret, struct cuda_info *info, struct larder_err *e)
+{
+    if (step(FAKE_OPEN))
+        return larder_fail(e, LARDER_EBACKEND, "no CUDA device");
+    *info = fake.info;
+    *ret = &fake;
+    return 0;
+}
+
+static void fake_close(void *d)
+{
+    (void)d;
+}
+
+static const char *fake_text(int rc)
+{
+    return rc == 700 ? "an illegal memory access was encountered" : "out of memory";
+}
+
+static int fake_free_bytes(void *d, uint64_t *ret)
+{
+    (void)d;
+    *ret = fake.info.free - fake.used;
+    return 0;
+}
+
+/* The size stands before what is handed out; 256 bytes keep the alignment of a device. */
+static void *take(uint64_t bytes)
+{
+    uint8_t *p = aligned_alloc(256, (bytes + 256 + 255) / 256 * 256);
+
+    memcpy(p, &bytes, sizeof bytes);
+    memset(p + 256, 0xff, bytes);
+    fake.n_live++;
+    return p + 256;
+}
+
+static int fake_alloc(void *d, uint64_t bytes, void **ret)
+{
+    int rc = step(FAKE_ALLOC);
+
+    (void)d;
+    if (rc)
+        return rc;
+    if (bytes > fake.info.free - fake.used)
+        return CUDA_OUT_OF_MEMORY;
+    *ret = take(bytes);
+    fake.used += bytes;
+    fake.peak = fake.used > fake.peak ? fake.used : fake.peak;
+    return 0;
+}
+
+static void fake_release(void *d, void *p)
+{
+    uint64_t bytes;
+
+    (void)d;
+    memcpy(&bytes, (uint8_t *)p - 256, sizeof bytes);
+    memset(p, 0xff, bytes);
+    fake.used -= bytes;
+    fake.n_live--;
+    free((uint8_t *)p - 256);
+}
+
+static int fake_pin(void *d, uint64_t bytes, void **ret)
+{
+    int rc = step(FAKE_PIN);
+
+    (void)d;
+    if (!rc)
+        *ret = take(bytes);
+    return rc;
+}
+
+static void fake_unpin(void *d, void *p)
+{
+    (void)d;
+    fake.n_live--;
+    free((uint8_t *)p - 256);
+}
+
+static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
+                     enum cuda_lane lane)
+{
+    int rc = step(FAKE_COPY);
+
+    (void)d;
+    (void)way;
+    (void)lane;
+    if (!rc)
+        memcpy(to, from, bytes);
+    return rc;
+}
+
+static int fake_zero(void *d, void *to, uint64_t bytes, enum cuda_lane lane)
+{
+    int rc = step(FAKE_ZERO);
+
+    (void)d;
+    (void)lane;
+    if (!rc)
+        memset(to, 0, bytes);
+    return rc;
+}
+
+static int fake_mark(void *d, uint32_t mark, enum cuda_lane lane)
+{
+    (void)d;
+    (void)mark;
+    (void)lane;
+    return step(FAKE_MARK);
+}
+
+static int fake_wait(void *d, uint32_t mark, enum cuda_lane lane)
+{
+    (void)d;
+    (void)mark;
+    (void)lane;
+    return step(FAKE_WAIT);
+}
+
+static int fake_sync_mark(void *d, uint32_t mark)
+{
+    (void)d;
+    (void)mark;
+    return step(FAKE_SYNC);
+}
+
+static int fake_sync(void *d, enum cuda_lane lane)
+{
+    (void)d;
+    (void)lane;
+    return step(FAKE_SYNC);
+}
+
+static float element(const void *x, bool is_bf16, uint64_t i)
+{
+    return is_bf16 ? bf16_to_f32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+static int fake_gemm(void *d, const struct cuda_gemm *g)
+{
+    int rc = step(FAKE_GEMM);
+
+    (void)d;
+    for (uint64_t i = 0; i < g->n && !rc; i++)
+        for (uint64_t j = 0; j < g->n_out; j++) {
+            float *y = g->y + i * g->ldy + j, sum = 0;
+
+            for (uint64_t k = 0; k < g->n_in; k++)
+                sum += element(g->x, g->bf16, i * g->ldx + k) *
+                       element(g->w, g->bf16, j * g->n_in + k);
+            *y = g->add ? *y + sum : sum;
+        }
+    return rc;
+}
+
+static int fake_launch(void *d, const struct cuda_launch *l)
+{
+    int rc = step(FAKE_LAUNCH);
+
+    (void)d;
+    if (rc)
+        return rc;
+    fake.kernels[l->kernel]++;
+    fake.copy_lane += l->lane == CUDA_COPY;
+    return cuda_launch_any(l, NULL);
+}
+
+const struct cuda_driver cuda_device = {
+    .open = fake_open,
+    .close = fake_close,
+    .text = fake_text,
+    .free_bytes = fake_free_bytes,
+    .alloc = fake_alloc,
+    .release = fake_release,
+    .pin = fake_pin,
+    .unpin = fake_unpin,
+    .copy = fake_copy,
+    .zero = fake_zero,
+    .mark = fake_mark,
+    .wait = fake_wait,
+    .sync_mark = fake_sync_mark,
+    .sync = fake_sync,
+    .gemm = fake_gemm,
+    .launch = fake_launch,
+};

@@ -1,0 +1,41 @@
+/* harness_device.cu - kernels on a GPU. Without one the program ends with 77: skipped. */
+#include <cuda_runtime.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+
+static void need(cudaError_t rc)
+{
+    if (rc == cudaSuccess)
+        return;
+    fprintf(stderr, "the GPU is not tested: %s\n", cudaGetErrorString(rc));
+    exit(77);
+}
+
+extern "C" void *kernel_alloc(size_t bytes)
+{
+    void *p;
+
+    need(cudaHostAlloc(&p, bytes + 1, cudaHostAllocMapped));
+    return memset(p, 0, bytes + 1);
+}
+
+extern "C" void kernel_free(void *p)
+{
+    cudaFreeHost(p);
+}
+
+/* A failed kernel is the test's failure. */
+extern "C" int kernel_run(const struct cuda_launch *l)
+{
+    int rc = cuda_launch_any(l, NULL);
+
+    return rc ? rc : (int)cudaDeviceSynchronize();
+}
+
+extern "C" bool kernel_is_device(void)
+{
+    return true;
+}

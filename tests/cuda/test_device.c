@@ -1,0 +1,211 @@
+/* Backend `cuda` on a GPU: products, whole prefills of the fake model against `ref`, the same bytes
+ * twice, and a device whose memory is gone. Exit status 77: there is no GPU. */
+#include "testlib.h"
+
+#include <math.h>
+
+#include "cuda.h"
+#include "engine.h"
+#include "fake_model.h"
+#include "half.h"
+
+enum { N = 150 };
+
+static int open_on(const struct backend_ops *ops, const struct model *m, enum kv_dtype dtype,
+                   bool stream, struct backend **ret, struct larder_err *e)
+{
+    struct backend_opts o = {.dtype = dtype, .n_threads = 2, .stream = stream};
+
+    return ops->open(ret, m, &o, e);
+}
+
+static void prefill(struct backend *b, uint32_t n, float *logits)
+{
+    uint32_t ids[FAKE_POSITIONS];
+    struct engine_doc doc = {ids, n, NULL, NULL};
+    struct engine_result r = {0};
+    struct larder_err e = {0, ""};
+    struct policy p;
+    uint64_t seed = 11;
+
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
+    assert_int_equal(policy_parse("full", &p, NULL), 0);
+    if (engine_prefill(b, &doc, &p, NULL, &r, &e))
+        fail_msg("%s", e.msg);
+    memcpy(logits, r.logits, FAKE_VOCAB * sizeof *logits);
+    engine_result_done(&r);
+}
+
+static void prefill_on(const struct backend_ops *ops, enum kv_dtype dtype, bool stream, uint32_t n,
+                       float *logits)
+{
+    struct model m = fake_model();
+    struct larder_err e = {0, ""};
+    struct backend *b;
+
+    if (open_on(ops, &m, dtype, stream, &b, &e))
+        fail_msg("%s", e.msg);
+    prefill(b, n, logits);
+    b->ops->close(b);
+}
+
+static void logits_are_those_of_ref(void **state)
+{
+    const uint32_t lengths[] = {1, 31, 33, N};
+    float want[FAKE_VOCAB], got[FAKE_VOCAB];
+
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        prefill_on(&backend_ref, KV_F32, false, lengths[i], want);
+        for (int c = 0; c < 4; c++) {
+            enum kv_dtype dtype = c / 2 ? KV_BF16 : KV_F32;
+            double err = 0, all = 0;
+
+            prefill_on(&backend_cuda, dtype, c % 2, lengths[i], got);
+            for (int j = 0; j < FAKE_VOCAB; j++) {
+                err += pow(want[j] - got[j], 2);
+                all += pow(want[j], 2);
+            }
+            if (!(err < (dtype == KV_F32 ? 1e-8 : 3e-2) * all))
+                fail_msg("%u rows, %s, streamed %d: error %g", lengths[i], kv_dtype_name(dtype),
+                         c % 2, err / all);
+        }
+    }
+}
+
+static void the_same_input_gives_the_same_bytes(void **state)
+{
+    float first[FAKE_VOCAB], again[FAKE_VOCAB];
+
+    (void)state;
+    prefill_on(&backend_cuda, KV_BF16, false, N, first);
+    for (int i = 0; i < 3; i++) { /* streamed or not */
+        prefill_on(&backend_cuda, KV_BF16, i % 2, N, again);
+        assert_memory_equal(first, again, sizeof first);
+    }
+}
+
+/* y += x w^T of shapes that models have, with TF32 and emulation off in f32. */
+static void check_product(void *d, uint32_t n, uint32_t n_in, uint32_t n_out, bool bf16)
+{
+    uint64_t seed = n + n_in, elem = bf16 ? 2 : 4, n_x = (uint64_t)n * n_in;
+    uint64_t n_w = (uint64_t)n_out * n_in, n_y = (uint64_t)n * n_out;
+    float *host = malloc((n_x + n_w + n_y) * sizeof *host), *x = host, *w = x + n_x, *y = w + n_w;
+    uint16_t *narrow = malloc((n_x + n_w) * sizeof *narrow);
+    void *dx, *dw, *dy;
+    struct cuda_gemm g = {.ldx = n_in, .ldy = n_out, .n = n, .n_in = n_in, .n_out = n_out,
+                          .bf16 = bf16, .add = true};
+    double err = 0, all = 0;
+
+    for (uint64_t i = 0; i < n_x + n_w; i++) {
+        host[i] = test_randf(&seed);
+        narrow[i] = f32_to_bf16(host[i]);
+        if (bf16)
+            host[i] = bf16_to_f32(narrow[i]);
+    }
+    assert_int_equal(cuda_device.alloc(d, n_x * elem, &dx), 0);
+    assert_int_equal(cuda_device.alloc(d, n_w * elem, &dw), 0);
+    assert_int_equal(cuda_device.alloc(d, n_y * 4, &dy), 0);
+    cuda_device.copy(d, dx, bf16 ? (void *)narrow : x, n_x * elem, CUDA_TO_DEVICE, CUDA_COMPUTE);
+    cuda_device.copy(d, dw, bf16 ? (void *)(narrow + n_x) : w, n_w * elem, CUDA_TO_DEVICE,
+                     CUDA_COMPUTE);
+    cuda_device.zero(d, dy, n_y * 4, CUDA_COMPUTE);
+    g.x = dx;
+    g.w = dw;
+    g.y = dy;
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(cuda_device.gemm(d, &g), 0);
+    cuda_device.copy(d, y, dy, n_y * 4, CUDA_TO_HOST, CUDA_COMPUTE);
+    assert_int_equal(cuda_device.sync(d, CUDA_COMPUTE), 0);
+    for (uint32_t i = 0; i < n; i += 1 + n / 7)
+        for (uint32_t j = 0; j < n_out; j++) {
+            double sum = 0;
+
+            for (uint32_t k = 0; k < n_in; k++)
+                sum += 2.0 * x[(uint64_t)i * n_in + k] * w[(uint64_t)j * n_in + k];
+            err += pow(sum - y[(uint64_t)i * n_out + j], 2);
+            all += sum * sum;
+        }
+    if (!(err < 1e-10 * all)) /* TF32 is near 1e-7 */
+        fail_msg("%u x %u x %u, bf16 %d: error %g", n, n_in, n_out, bf16, err / all);
+    cuda_device.release(d, dx);
+    cuda_device.release(d, dw);
+    cuda_device.release(d, dy);
+    free(host);
+    free(narrow);
+}
+
+static void products_are_exact_to_f32(void **state)
+{
+    const uint32_t rows[] = {1, 31, 33, 257};
+    struct cuda_info info;
+    void *d;
+
+    (void)state;
+    assert_int_equal(cuda_device.open(&d, &info, NULL), 0);
+    for (int i = 0; i < 8; i++) {
+        check_product(d, rows[i / 2], 576, 960, i % 2);
+        check_product(d, rows[i / 2], 1536, 576, i % 2);
+    }
+    cuda_device.close(d);
+}
+
+/* Somebody else has the memory: a named error, and the device works again afterwards. */
+static void memory_that_is_gone_is_a_named_error(void **state)
+{
+    struct model m = fake_model();
+    struct larder_err e = {0, ""};
+    struct backend *b = NULL;
+    struct cuda_info info;
+    float logits[FAKE_VOCAB];
+    void *d, *hog[64];
+    uint64_t left;
+    int n = 0, rc;
+
+    (void)state;
+    assert_int_equal(cuda_device.open(&d, &info, NULL), 0);
+    for (uint64_t step = 1ull << 36; step >= 1 << 20 && n < 64; step /= 2)
+        while (n < 64 && !cuda_device.free_bytes(d, &left) && left > step &&
+               !cuda_device.alloc(d, step, &hog[n]))
+            n++;
+    rc = open_on(&backend_cuda, &m, KV_F32, false, &b, &e);
+    if (!rc) {
+        struct engine_result r = {0};
+        uint32_t ids[N] = {0};
+        struct engine_doc doc = {ids, N, NULL, NULL};
+        struct policy p;
+
+        policy_parse("full", &p, NULL);
+        rc = engine_prefill(b, &doc, &p, NULL, &r, &e);
+        engine_result_done(&r);
+        b->ops->close(b);
+    }
+    while (n)
+        cuda_device.release(d, hog[--n]);
+    cuda_device.close(d);
+    assert_int_equal(rc, LARDER_ENOMEM);
+    assert_true(strstr(e.msg, "memory") != NULL);
+    prefill_on(&backend_cuda, KV_F32, false, N, logits);
+    assert_true(isfinite(logits[0]));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(products_are_exact_to_f32),
+        cmocka_unit_test(logits_are_those_of_ref),
+        cmocka_unit_test(the_same_input_gives_the_same_bytes),
+        cmocka_unit_test(memory_that_is_gone_is_a_named_error),
+    };
+    struct larder_err e = {0, ""};
+    struct cuda_info info;
+    void *d;
+
+    if (cuda_device.open(&d, &info, &e)) {
+        fprintf(stderr, "the GPU is not tested: %s\n", e.msg);
+        return 77;
+    }
+    cuda_device.close(d);
+    return cmocka_run_group_tests_name("device", tests, NULL, NULL);
+}

@@ -1,0 +1,70 @@
+#!/bin/bash
+# A model with backend = cuda: which program is started, what status says of its device, and what
+# is said where there is none. The device is host memory (tests/cuda); no GPU is needed.
+. "$(dirname "$0")/lib.sh"
+mkdir "$dir/d" "$dir/m" "$dir/empty"
+# The tiny model of the golden tests: a few layers, computed in no time
+python3 - "$dir/m/tiny.gguf" <<'PY' || exit 1
+import sys
+sys.path.insert(0, "tests/golden")
+import tiny
+tiny.write_model(sys.argv[1], tiny.make_model(1))
+PY
+
+config() { # WORKER_PROGRAM
+    cat >"$dir/conf" <<CONF
+store = $dir/d/store
+socket = $dir/d/larder.sock
+worker_socket = $dir/d/worker.sock
+worker_program = $1
+model tiny {
+    path = $dir/m/tiny.gguf
+    backend = cuda
+    template = plain
+}
+CONF
+    mkdir -p "$dir/d/store"
+}
+
+# Starting fails with one line that says what is missing
+refuses() { # TEXT...
+    if timeout 60 "$build/larderd" --config "$dir/conf" >"$dir/o" 2>"$dir/e"; then return 1; fi
+    for t in "$@"; do grep -q -- "$t" "$dir/e" || { cat "$dir/e"; return 1; }; done
+}
+
+config "$dir/empty/larder-prefill"
+claim "without larder-prefill-cuda the daemon says how to get it" \
+    refuses "larder-prefill-cuda cannot be started" "make CUDA=1"
+
+# A program of that name without the backend, or on a machine without a GPU
+cat >"$dir/empty/larder-prefill-cuda" <<'SH'
+#!/bin/sh
+echo "larder-prefill: backend cuda: no usable CUDA device (none is visible) (LARDER_EBACKEND)" >&2
+exit 1
+SH
+chmod +x "$dir/empty/larder-prefill-cuda"
+claim "without a device it does not start, and nothing else computes" refuses "no usable CUDA device"
+
+config "$PWD/$build/shim/larder-prefill"
+starts() {
+    "$build/larderd" --config "$dir/conf" 2>>"$dir/log" &
+    pid=$!
+    for _ in $(seq 1 300); do
+        larder status >/dev/null 2>&1 && return 0
+        kill -0 "$pid" 2>/dev/null || return 1
+        sleep 0.1
+    done
+    return 1
+}
+claim "with one it starts" starts
+names_device() {
+    larder status | grep -q "fake device, CUDA driver 13.0, .* MiB free" &&
+        larder status --json | grep -q '"device": *"fake device'
+}
+claim "status names device, driver and memory" names_device
+printf 'a small text\n' >"$dir/text"
+claim "a document is prefilled and stored" larder put "$dir/text" --name t --policy full --wait
+stored_by() { same backend "$(larder show t --json | field backend)" "cuda/bf16/sm_90"; }
+claim "the entry says what computed it" stored_by
+stop_daemon
+exit $rc
