@@ -118,6 +118,7 @@ json_t *entry_full(const struct store_info *in, bool text, bool tokens)
 {
     json_t *j = entry_summary(in), *extra = in->extra ? json_loads(in->extra, 0, NULL) : NULL, *v;
 
+    set(j, "namespace", json_string(in->ident.ns));
     set(j, "template", json_string(in->tmpl));
     set_hex(j, "model_fingerprint", in->ident.model_fp);
     set_hex(j, "tokenizer_fingerprint", in->ident.tokenizer_fp);
