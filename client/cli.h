@@ -80,7 +80,7 @@ typedef int cli_command(struct cli *c, struct larder_err *e);
 
 cli_command cli_put, cli_ls, cli_show, cli_rm, cli_pin, cli_ask, cli_trace, cli_status, cli_verify,
     cli_explain, cli_jobs, cli_cancel, cli_models, cli_calibrate, cli_show_model,
-    cli_eval, cli_export;
+    cli_eval, cli_export, cli_import;
 
 /* c->conn, connected on first use. */
 int cli_connect(struct cli *c, struct larder_err *e);

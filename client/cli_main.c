@@ -107,6 +107,8 @@ static const struct command_row commands[] = {
       OPT_KEEP, OPT_RESULTS, OPT_SEED, OPT_CSV, OPT_MARKDOWN, OPT_HTML, NONE}},
     {"export", "NAME|KEY", "Write an entry to a file.", cli_export, 1, 1,
      {OPT_FORMAT, OPT_OUTPUT, OPT_FORCE, OPT_PACKED, NONE}},
+    {"import", "FILE", "Store an entry that export wrote as safetensors.", cli_import, 1, 1,
+     {OPT_NAME, OPT_NAMESPACE, NONE}},
 };
 /* clang-format on */
 #define N_COMMANDS (sizeof commands / sizeof *commands)

@@ -93,6 +93,7 @@ json_t *entry_summary(const struct store_info *in)
     set(j, "rows_total", json_integer((json_int_t)rows));
     set(j, "precision", json_string(kv_dtype_name(in->precision)));
     set(j, "pinned", json_boolean(in->pinned));
+    set(j, "imported", json_boolean(strstr(in->ident.policy, ",imported=")));
     set(j, "created", json_integer((json_int_t)in->created));
     set(j, "prefill_ms", json_integer((json_int_t)in->prefill_ms));
     set(j, "hits", json_integer((json_int_t)in->hits));
@@ -595,6 +596,10 @@ static const struct {
     {FRAME_EXPLAIN, handle_explain,
      FIELDS(REF, "source", "bytes", "model", "policy", "template", "namespace")},
     {FRAME_PROFILE, handle_profile, FIELDS("model", "bytes")},
+    {FRAME_IMPORT, handle_import,
+     FIELDS("bytes", "name", "namespace", "source_namespace", "key", "policy", "model", "template",
+            "template_fingerprint", "backend", "sel_layer", "rank_variance", "certificate",
+            "prefill_ms")},
 };
 
 void request_dispatch(struct request *r)
