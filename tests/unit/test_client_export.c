@@ -31,13 +31,13 @@ static struct image_plan *make_plan(enum kv_dtype dtype, bool bias)
 static json_t *make_entry(const char *precision, bool bias)
 {
     json_t *j = json_pack(
-        "{ss ss ss ss ss ss si si si si si si si sn sb sb ss ss si si sn s[] ss ss ss ss}", "key", HEX64,
-        "namespace", "default", "name", "default/a", "model", "m", "policy", "full", "template",
-        "plain", "n_layers", 2, "n_heads", 4, "n_kv_heads", 2, "head_dim", 4, "n_vocab", 7, "n_ctx",
-        5, "next_pos", 5, "sel_layer", "renumbered", 0, "has_bias", bias, "precision", precision,
-        "backend", "ref/f32/c", "created", 1, "prefill_ms", 2, "certificate", "rank_variance",
-        "model_fingerprint", HEX64, "tokenizer_fingerprint", HEX64, "template_fingerprint", HEX64,
-        "text", "abc");
+        "{ss ss ss ss ss ss si si si si si si si sn sb sb ss ss si si sn s[] ss ss ss ss}", "key",
+        HEX64, "namespace", "default", "name", "default/a", "model", "m", "policy", "full",
+        "template", "plain", "n_layers", 2, "n_heads", 4, "n_kv_heads", 2, "head_dim", 4, "n_vocab",
+        7, "n_ctx", 5, "next_pos", 5, "sel_layer", "renumbered", 0, "has_bias", bias, "precision",
+        precision, "backend", "ref/f32/c", "created", 1, "prefill_ms", 2, "certificate",
+        "rank_variance", "model_fingerprint", HEX64, "tokenizer_fingerprint", HEX64,
+        "template_fingerprint", HEX64, "text", "abc");
 
     assert_non_null(j);
     return j;
@@ -140,10 +140,17 @@ static void refuses_changes(void **state)
 static void refuses_metadata(void **state)
 {
     static const char *const set[][2] = {
-        {"format", "pt"},        {"n_layers", "0"},   {"n_layers", "4294967295"},
-        {"n_layers", "99999999999"}, {"head_dim", "-4"},  {"head_dim", ""},
-        {"n_ctx", "4"},          {"has_bias", "yes"}, {"key", "00"},
-        {"precision", "int9"},   {"extra", "1"},
+        {"format", "pt"},
+        {"n_layers", "0"},
+        {"n_layers", "4294967295"},
+        {"n_layers", "99999999999"},
+        {"head_dim", "-4"},
+        {"head_dim", ""},
+        {"n_ctx", "4"},
+        {"has_bias", "yes"},
+        {"key", "00"},
+        {"precision", "int9"},
+        {"extra", "1"},
     };
     struct image_plan *p = NULL;
     uint64_t data;
@@ -153,7 +160,8 @@ static void refuses_metadata(void **state)
     for (size_t i = 0; i < sizeof set / sizeof set[0]; i++) {
         json_t *bad = json_deep_copy(h);
 
-        json_object_set_new(json_object_get(bad, "__metadata__"), set[i][0], json_string(set[i][1]));
+        json_object_set_new(json_object_get(bad, "__metadata__"), set[i][0],
+                            json_string(set[i][1]));
         assert_int_equal(parse(bad, data, &p), LARDER_EINVAL);
         json_decref(bad);
     }
