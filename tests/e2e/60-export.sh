@@ -188,6 +188,8 @@ claim "and answer as before" answers
 claim "verify finds every byte good" larder verify
 not_found() { fails_with LARDER_ENOTFOUND larder show "$(cat "$dir/full.key")"; }
 claim "nobody finds it under the key of the computed one" not_found
+other() { same reason "$(larder explain-miss --file "$dir/doc" --policy full --json | field reason)" other_policy; }
+claim "nor as the answer to its policy" other
 computed() { larder put "$dir/doc" --name full2 --policy full --wait --json | field result >"$dir/r" && same result "$(cat "$dir/r")" stored; }
 claim "a put of the same document computes" computed
 twice() {
