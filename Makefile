@@ -203,8 +203,8 @@ $(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(need
 # Parts of the program `larder` that can be tested without running it.
 $(B)/libcli.a: $(call obj,$(filter-out client/cli_main.c,$(CLI_SRC)))
 	@rm -f $@ && ar rcs $@ $^
-$(B)/tests/test_client_eval: $(B)/libcli.a
-$(B)/tests/test_client_eval: LIBS_client := $(LIBS_cli)
+$(B)/tests/test_client_eval $(B)/tests/test_client_export: $(B)/libcli.a
+$(B)/tests/test_client_eval $(B)/tests/test_client_export: LIBS_client := $(LIBS_cli)
 
 # The CUDA kernels, built for a processor, and a device that is host memory (tests/cuda).
 SHIM_OBJ := $(patsubst prefill/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \

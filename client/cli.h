@@ -57,6 +57,10 @@ enum cli_opt {
     OPT_CSV,
     OPT_MARKDOWN,
     OPT_HTML,
+    OPT_FORMAT,
+    OPT_OUTPUT,
+    OPT_FORCE,
+    OPT_PACKED,
     N_OPTS
 };
 
@@ -76,7 +80,7 @@ typedef int cli_command(struct cli *c, struct larder_err *e);
 
 cli_command cli_put, cli_ls, cli_show, cli_rm, cli_pin, cli_ask, cli_trace, cli_status, cli_verify,
     cli_explain, cli_jobs, cli_cancel, cli_models, cli_calibrate, cli_show_model,
-    cli_eval;
+    cli_eval, cli_export, cli_import;
 
 /* c->conn, connected on first use. */
 int cli_connect(struct cli *c, struct larder_err *e);

@@ -167,6 +167,8 @@ static void show_source(const struct cli *c, const json_t *en)
     cli_pair(c, "model", cli_text("%s", cli_str(en, "model")));
     cli_pair(c, "template", cli_text("%s", cli_str(en, "template")));
     cli_pair(c, "policy", cli_text("%s", cli_str(en, "policy")));
+    if (cli_true(en, "imported"))
+        cli_pair(c, "imported", cli_text("yes: computed elsewhere"));
     show_auto(c, en);
     cli_pair(c, "tokens", cli_text("%" PRIu64, cli_num(en, "n_ctx")));
     cli_pair(c, "next position", cli_text("%" PRIu64, cli_num(en, "next_pos")));

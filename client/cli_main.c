@@ -51,6 +51,10 @@ static const struct option_row options[N_OPTS] = {
     [OPT_SEED] = {"seed", "N", "of the intervals; default: 1"},
     [OPT_CSV] = {"csv", "FILE", "write the table as CSV"},
     [OPT_MARKDOWN] = {"markdown", "FILE", "write the table as Markdown"},
+    [OPT_FORMAT] = {"format", "F", "safetensors (default) or image"},
+    [OPT_OUTPUT] = {"output", "FILE", "where to, also -o ('-': standard output)"},
+    [OPT_FORCE] = {"force", NULL, "replace the file if it exists"},
+    [OPT_PACKED] = {"packed", NULL, "int8 and int4 rows as they are stored, not as bf16"},
     [OPT_HTML] = {"html", "FILE", "write a page with drawings"},
 };
 
@@ -101,6 +105,10 @@ static const struct command_row commands[] = {
     {"eval", "[TASKS.jsonl]", "Measure what stored caches still answer.", cli_eval, 0, 1,
      {OPT_POLICY, OPT_MODEL, OPT_TEMPLATE, OPT_NAMESPACE, OPT_LIMIT, OPT_MAX_NEW, OPT_THREADS,
       OPT_KEEP, OPT_RESULTS, OPT_SEED, OPT_CSV, OPT_MARKDOWN, OPT_HTML, NONE}},
+    {"export", "NAME|KEY", "Write an entry to a file.", cli_export, 1, 1,
+     {OPT_FORMAT, OPT_OUTPUT, OPT_FORCE, OPT_PACKED, NONE}},
+    {"import", "FILE", "Store an entry that export wrote as safetensors.", cli_import, 1, 1,
+     {OPT_NAME, OPT_NAMESPACE, NONE}},
 };
 /* clang-format on */
 #define N_COMMANDS (sizeof commands / sizeof *commands)
@@ -235,6 +243,14 @@ static void long_options(const struct command_row *cmd, struct option out[N_OPTS
     memset(&out[n], 0, sizeof out[n]);
 }
 
+/* '+': what precedes the command stops at it. ':': say which value is missing. */
+static const char *short_options(const struct command_row *cmd)
+{
+    if (!cmd)
+        return "+:S:hV";
+    return takes(cmd, OPT_OUTPUT) ? ":S:o:hV" : ":S:hV";
+}
+
 /* Read options into c->opt; optind is then at the first argument. */
 static int parse(struct cli *c, const struct command_row *cmd, int argc, char **argv,
                  struct larder_err *e)
@@ -244,14 +260,15 @@ static int parse(struct cli *c, const struct command_row *cmd, int argc, char **
 
     long_options(cmd, table);
     opterr = 0;
-    /* '+': what precedes the command stops at it. ':': say which value is missing. */
-    while ((v = getopt_long(argc, argv, cmd ? ":S:hV" : "+:S:hV", table, NULL)) != -1) {
+    while ((v = getopt_long(argc, argv, short_options(cmd), table, NULL)) != -1) {
         if (v == '?')
             return cli_usage(e, "unknown option '%.64s'", argv[optind - 1]);
         if (v == ':')
             return cli_usage(e, "option '%.64s' needs a value", argv[optind - 1]);
         if (v == 'S')
             v = 256 + OPT_SOCKET;
+        else if (v == 'o')
+            v = 256 + OPT_OUTPUT;
         else if (v == 'h')
             v = 256 + OPT_HELP;
         else if (v == 'V')

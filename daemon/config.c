@@ -37,6 +37,8 @@ static const struct key top_keys[] = {
      "how new bf16 rows are coded: fast or zstd; either is read"},
     {"allow_any_fs", FLAG, TOP(allow_any_fs), 0, 1, "no",
      "accept a store on network, FUSE or overlay file systems, which may lose data"},
+    {"allow_import", FLAG, TOP(allow_import), 0, 1, "no",
+     "store entries that were computed elsewhere (larder import)"},
     {"socket", STRING, TOP(socket), 0, 0, "/run/larder/larder.sock", "socket for clients"},
     {"socket_mode", OCTAL, TOP(socket_mode), 0, 0777, "0660", "who may connect: its file mode"},
     {"worker_socket", STRING, TOP(worker_socket), 0, 0, "/run/larder/worker.sock",

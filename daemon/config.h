@@ -36,7 +36,7 @@ struct config {
     uint64_t socket_mode;
     uint64_t store_budget;
     uint64_t codec; /* enum store_codec */
-    bool allow_any_fs;
+    bool allow_any_fs, allow_import;
     uint64_t image_cache_bytes, prepared_files, prepared_bytes;
     uint64_t max_clients, max_in_flight, max_queued_frames, max_document_bytes, max_jobs;
     uint64_t worker_idle_s, worker_timeout_s, worker_nice;

@@ -207,6 +207,9 @@ void policy_any_profile(const char *policy, char *out, size_t cap);
  * where a model is given that has one, what it would be made with now. */
 bool policy_serves(const char *want, const char *have, const struct model *m);
 
+/* ---- import.c */
+void handle_import(struct request *r);
+
 /* ---- workers.c: prefill processes */
 int workers_probe(struct daemon *d, struct larder_err *e);
 void workers_stop(struct daemon *d);

@@ -111,7 +111,9 @@ static int configure_private(struct config *c, const char *dir, struct larder_er
         snprintf(line, sizeof line, "%s=%s/%s", key[i], dir, leaf[i]);
         rc = config_set(c, line, "--private", e);
     }
-    return rc ? rc : config_set(c, "allow_any_fs=yes", "--private", e);
+    if (!rc)
+        rc = config_set(c, "allow_any_fs=yes", "--private", e);
+    return rc ? rc : config_set(c, "allow_import=yes", "--private", e);
 }
 
 static int configure(struct config *c, const struct options *o, struct larder_err *e)

@@ -37,11 +37,25 @@ static bool all_finite(const uint16_t *v, uint64_t n)
     return !bad;
 }
 
+/* A bias near the end of f32 would become infinite in bf16. */
+static bool bias_finite(const struct store_rows *h)
+{
+    for (uint32_t i = 0; h->bias && i < h->n_rows; i++)
+        if (!isfinite(bf16_to_f32(f32_to_bf16(h->bias[i]))))
+            return false;
+    return true;
+}
+
 static bool rows_finite(const struct store_rows *h, enum kv_dtype t, uint32_t d)
 {
     if (packed_type(t))
         return packed_finite_k(t, h->k, h->n_rows, d) && packed_finite_v(t, h->v, h->n_rows, d);
     return all_finite(h->k, (uint64_t)h->n_rows * d) && all_finite(h->v, (uint64_t)h->n_rows * d);
+}
+
+bool layer_rows_finite(const struct store_rows *h, struct layer_form form, uint32_t head_dim)
+{
+    return bias_finite(h) && rows_finite(h, form.precision, head_dim);
 }
 
 static int check_head(const struct store_rows *h, enum kv_dtype t, uint32_t d, uint32_t n_ctx,
@@ -51,10 +65,8 @@ static int check_head(const struct store_rows *h, enum kv_dtype t, uint32_t d, u
         if (h->position[i] >= n_ctx || (i && h->position[i] <= h->position[i - 1]))
             return larder_fail(e, LARDER_EWORKER,
                                "the worker sent rows whose positions are not ascending");
-    /* as it is stored: a bias near the end of f32 would become infinite in bf16 */
-    for (uint32_t i = 0; h->bias && i < h->n_rows; i++)
-        if (!isfinite(bf16_to_f32(f32_to_bf16(h->bias[i]))))
-            return larder_fail(e, LARDER_ENUMERIC, "the worker sent a bias that is not finite");
+    if (!bias_finite(h))
+        return larder_fail(e, LARDER_ENUMERIC, "the worker sent a bias that is not finite");
     if (!rows_finite(h, t, d))
         return larder_fail(e, LARDER_ENUMERIC,
                            "the prefill produced values that are not finite; nothing was stored");

@@ -21,6 +21,9 @@ struct layer_form {
     bool has_bias;
 };
 
+/* Are all numbers of these rows finite, biases as bf16, in which they are stored? */
+bool layer_rows_finite(const struct store_rows *h, struct layer_form form, uint32_t head_dim);
+
 /* rows: [n_kv_heads], each at most KV_MAX_CTX. */
 uint64_t layer_file_bytes(const struct kv_geom *g, struct layer_form form, const uint32_t *rows);
 

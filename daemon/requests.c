@@ -93,6 +93,7 @@ json_t *entry_summary(const struct store_info *in)
     set(j, "rows_total", json_integer((json_int_t)rows));
     set(j, "precision", json_string(kv_dtype_name(in->precision)));
     set(j, "pinned", json_boolean(in->pinned));
+    set(j, "imported", json_boolean(strstr(in->ident.policy, ",imported=")));
     set(j, "created", json_integer((json_int_t)in->created));
     set(j, "prefill_ms", json_integer((json_int_t)in->prefill_ms));
     set(j, "hits", json_integer((json_int_t)in->hits));
@@ -118,6 +119,7 @@ json_t *entry_full(const struct store_info *in, bool text, bool tokens)
 {
     json_t *j = entry_summary(in), *extra = in->extra ? json_loads(in->extra, 0, NULL) : NULL, *v;
 
+    set(j, "namespace", json_string(in->ident.ns));
     set(j, "template", json_string(in->tmpl));
     set_hex(j, "model_fingerprint", in->ident.model_fp);
     set_hex(j, "tokenizer_fingerprint", in->ident.tokenizer_fp);
@@ -596,6 +598,10 @@ static const struct {
     {FRAME_EXPLAIN, handle_explain,
      FIELDS(REF, "source", "bytes", "model", "policy", "template", "namespace")},
     {FRAME_PROFILE, handle_profile, FIELDS("model", "bytes")},
+    {FRAME_IMPORT, handle_import,
+     FIELDS("bytes", "name", "namespace", "source_namespace", "key", "policy", "model", "template",
+            "template_fingerprint", "backend", "sel_layer", "rank_variance", "certificate",
+            "prefill_ms")},
 };
 
 void request_dispatch(struct request *r)

@@ -236,12 +236,13 @@ static void violate(struct client *c, uint32_t seq, const struct larder_err *e)
 
 static bool takes_file(enum frame_type t)
 {
-    return t == FRAME_PUT || t == FRAME_LOOKUP || t == FRAME_EXPLAIN || t == FRAME_PROFILE;
+    return t == FRAME_PUT || t == FRAME_LOOKUP || t == FRAME_EXPLAIN || t == FRAME_PROFILE ||
+           t == FRAME_IMPORT;
 }
 
 static int check_frame(const struct client *c, const struct frame *f, int fd, struct larder_err *e)
 {
-    if (f->type < FRAME_HELLO || f->type > FRAME_PROFILE)
+    if (f->type < FRAME_HELLO || f->type > FRAME_IMPORT)
         return larder_fail(e, LARDER_EPROTO, "frame type %d is not a request", (int)f->type);
     if (fd >= 0 && !takes_file(f->type))
         return larder_fail(e, LARDER_EPROTO, "%s takes no descriptor", frame_type_name(f->type));
