@@ -143,7 +143,7 @@ static int read_body(struct import *m, struct larder_err *e)
 
     if (rc || (rc = field_word(body, "policy", POLICY_MAX, &m->policy, e)) ||
         (rc = field_word(body, "model", NAME_MAX_NS, &m->info.model, e)) ||
-        (rc = field_word(body, "template", 63, &m->info.tmpl, e)) ||
+        (rc = field_str(body, "template", FIELD_REQUIRED, KV_MAX_TEMPLATE - 1, &m->info.tmpl, e)) ||
         (rc = field_word(body, "backend", 63, &m->info.backend, e)) ||
         (rc = field_hex32(body, "key", FIELD_REQUIRED, m->key, NULL, e)) ||
         (rc = field_hex32(body, "template_fingerprint", FIELD_REQUIRED, m->info.ident.template_fp,
@@ -295,6 +295,28 @@ static int mark(struct import *m, const struct larder_image *im, struct larder_e
     return 0;
 }
 
+/* A name that somebody looks up must not come to mean something else by an import. */
+static int check_name(const struct import *m, struct larder_err *e)
+{
+    struct store *s = m->r->d->store;
+    struct store_entry *en;
+    uint8_t key[32];
+    bool same;
+    int rc = m->name ? store_find_name(s, m->ns, m->name, key, e) : LARDER_ENOTFOUND;
+
+    if (!rc)
+        rc = store_entry_open(s, key, &en, e);
+    if (rc)
+        return rc == LARDER_ENOTFOUND ? 0 : rc;
+    same = !strcmp(store_entry_info(en)->ident.policy, m->canonical);
+    store_entry_close(en);
+    return same ? 0
+                : larder_fail(e, LARDER_EINVAL,
+                              "the name %.128s is another entry's; import under another name, or "
+                              "remove that entry",
+                              m->name);
+}
+
 static int put(struct import *m, const struct larder_image *im, struct larder_err *e)
 {
     struct store_put *p = NULL;
@@ -330,7 +352,7 @@ static int check_and_put(struct import *m, const void *map, struct larder_err *e
     if (m->info.sel_layer >= (int32_t)im.n_layers)
         return larder_fail(e, LARDER_EINVAL, "a selection layer that the model has not");
     if ((rc = check_document(m, &im, e)) || (rc = check_numbers(m, &im, e)) ||
-        (rc = name_model(m, &im, e)) || (rc = mark(m, &im, e)))
+        (rc = name_model(m, &im, e)) || (rc = mark(m, &im, e)) || (rc = check_name(m, e)))
         return rc;
     return put(m, &im, e);
 }

@@ -192,6 +192,8 @@ other() { same reason "$(larder explain-miss --file "$dir/doc" --policy full --j
 claim "nor as the answer to its policy" other
 computed() { larder put "$dir/doc" --name full2 --policy full --wait --json | field result >"$dir/r" && same result "$(cat "$dir/r")" stored; }
 claim "a put of the same document computes" computed
+taken() { fails_with LARDER_EINVAL larder import "$dir/asl.st" --name full2 && larder show full2 --json | field policy | grep -qx full; }
+claim "an import does not take another entry's name" taken
 twice() {
     n=$(larder status --json | field store.entries) && larder import "$dir/full.st" && larder export full -o "$dir/full2.st" &&
         larder import "$dir/full2.st" && same entries "$(larder status --json | field store.entries)" "$n"
