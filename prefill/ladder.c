@@ -1,8 +1,8 @@
 /* ladder.c - budgets side by side, and the choice among them.
  *
- * The one idea: a replay costs more than a budget, and a fit's cost grows with the square of the
- * budget. Those that nearly all documents need share one replay; the others have their own, made
- * only where the smallest of these will do, and might be too much, or where none of them does. */
+ * The one idea: a fit's cost grows with the square of the budget. Up to a quarter of the rows the
+ * budgets together cost little more than the largest alone, so they share one replay; larger
+ * ones share another, and all rows have their own, made only for a document that needs them. */
 #include "ladder.h"
 
 #include "cache.h"
@@ -11,14 +11,10 @@
 #define MAX_RUNGS 4u
 
 /* Percent of the document's rows, by replay. */
-struct flight {
+static const struct flight {
     uint32_t n;
     double budget[MAX_RUNGS];
-    const struct flight *below; /* tried where the first budget will do, or NULL */
-};
-static const struct flight lowest = {1, {3.125}, NULL};
-static const struct flight flights[] = {
-    {4, {6.25, 12.5, 25, 37.5}, &lowest}, {1, {50}, NULL}, {1, {100}, NULL}};
+} flights[] = {{4, {3.125, 6.25, 12.5, 25}}, {2, {37.5, 50}}, {1, {100}}};
 #define N_FLIGHTS (sizeof flights / sizeof flights[0])
 
 struct ladder {
@@ -94,42 +90,26 @@ static uint32_t choose(const struct ladder *l, double max_kl)
     return i;
 }
 
-static int deliver(struct ladder *l, uint32_t i, struct engine_result *ret, struct larder_err *e)
-{
-    int rc = cache_deliver(&l->cache[i], l->outer, e);
-
-    if (rc)
-        return rc;
-    *ret = l->result[i];
-    l->result[i] = (struct engine_result){.sel_layer = -1};
-    return 0;
-}
-
-static int try_flight(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
-                      const struct engine_sink *sink, const struct flight *f,
-                      struct engine_result *ret, bool *ret_done, struct larder_err *e);
-
 /* Compute what the flight has, and hand on the rung that will do; *ret_done: there was one. */
-static int climb(struct ladder *l, struct backend *b, const struct engine_doc *doc,
-                 const struct policy *policy, const struct flight *f, struct engine_result *ret,
-                 bool *ret_done, struct larder_err *e)
+static int climb(struct ladder *l, struct backend *b, const struct engine_doc *doc, double max_kl,
+                 struct engine_result *ret, bool *ret_done, struct larder_err *e)
 {
     uint32_t i;
     int rc = engine_prefill_each(b, doc, l->policy, l->sink, l->n, l->result, e);
 
     if (rc)
         return rc;
-    i = choose(l, policy->max_kl);
-    if (!i && f->below)
-        rc = try_flight(b, doc, policy, l->outer, f->below, ret, ret_done, e);
-    if (rc || *ret_done)
-        return rc;
+    i = choose(l, max_kl);
     ret->certificate = l->result[l->n - 1].certificate; /* the best that was seen so far */
     if (i == l->n)
         return 0;
-    rc = deliver(l, i, ret, e);
-    *ret_done = !rc;
-    return rc;
+    rc = cache_deliver(&l->cache[i], l->outer, e);
+    if (rc)
+        return rc;
+    *ret = l->result[i];
+    l->result[i] = (struct engine_result){.sel_layer = -1};
+    *ret_done = true;
+    return 0;
 }
 
 static int try_flight(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
@@ -144,7 +124,7 @@ static int try_flight(struct backend *b, const struct engine_doc *doc, const str
     l->outer = sink;
     rc = ladder_init(l, b, doc->n, policy, f, e);
     if (!rc && l->n)
-        rc = climb(l, b, doc, policy, f, ret, ret_done, e);
+        rc = climb(l, b, doc, policy->max_kl, ret, ret_done, e);
     ladder_done(l);
     mem_free(l);
     return rc;

@@ -1,10 +1,10 @@
 /* ladder.h - rows=auto: as few rows as the certificate allows.
  *
  * Purpose    Some documents are served by a sixteenth of their rows and some need half. Every
- *            budget of a ladder - 6.25, 12.5, 25 and 37.5 percent beside each other from one replay
- *            (engine_prefill_each()), if need be 3.1 or 50 from a second, and all from a third -
- *            gets its certificate, and the smallest that stays within the policy's max_kl is
- *            handed on.
+ *            budget of a ladder - 3.1, 6.25, 12.5 and 25 percent beside each other from one replay
+ *            (engine_prefill_each()), if need be 37.5 and 50 from a second, and all from a
+ *            third - gets its certificate, and the smallest that stays within the policy's max_kl
+ *            is handed on.
  *            A document too short to be certified keeps everything.
  * Errors     The engine's; LARDER_EBUDGET where not even all rows, in the policy's precision, are
  *            within max_kl: nothing was handed on.
