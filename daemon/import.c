@@ -3,7 +3,8 @@
  * The one idea: nobody can prove that rows were computed from the tokens beside them, so an
  * imported entry never gets the key under which this daemon looks for its own work: its policy
  * ends in ",imported=" and a hash of what was brought. Everything else is checked as the bytes of
- * a worker are. It all runs on the writer thread. */
+ * a worker are. Checking takes as long as reading the image, so it has a thread apart from the
+ * writer, which others wait for; only the rows are put there. */
 #include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
@@ -21,7 +22,7 @@
 #define POLICY_MAX 256u /* as in PUT and in every answer */
 #define OTHER_MODEL "imported:"
 
-/* A configured model, as far as the writer thread needs it. */
+/* A configured model, as far as other threads than the loop need it. */
 struct known {
     const char *name; /* the configuration's */
     uint8_t fp[32];
@@ -38,6 +39,8 @@ struct import {
     uint64_t bytes;
     char model[NAME_MAX_NS + sizeof OTHER_MODEL], canonical[POLICY_MAX + 1];
     char *extra;
+    const void *map; /* `bytes` of the sealed file */
+    struct larder_image im;
     struct known known[CONFIG_MAX_MODELS];
     uint32_t n_known;
     bool model_known;
@@ -185,7 +188,7 @@ static int name_model(struct import *m, const struct larder_image *im, struct la
     return 0;
 }
 
-/* ---- on the writer thread: the image */
+/* ---- on the slow thread: the image */
 
 static struct store_rows rows_of(const struct larder_image *im, uint32_t layer, uint32_t head)
 {
@@ -295,6 +298,38 @@ static int mark(struct import *m, const struct larder_image *im, struct larder_e
     return 0;
 }
 
+static int check(struct import *m, struct larder_err *e)
+{
+    struct larder_image *im = &m->im;
+    int rc = memfile_map(m->r->fd, m->bytes, m->bytes, &m->map, NULL, e);
+
+    if (!rc)
+        rc = larder_image_check(m->map, m->bytes, im, e);
+    if (!rc && (im->dtype == LARDER_ROWS_F16 || im->dtype == LARDER_ROWS_F32))
+        rc = larder_fail(e, LARDER_EUNSUPPORTED, "rows in %s are not stored",
+                         kv_dtype_name((enum kv_dtype)im->dtype));
+    if (rc)
+        return rc;
+    describe(m, im);
+    if (m->info.sel_layer >= (int32_t)im->n_layers)
+        return larder_fail(e, LARDER_EINVAL, "a selection layer that the model has not");
+    if ((rc = check_document(m, im, e)) || (rc = check_numbers(m, im, e)) ||
+        (rc = name_model(m, im, e)))
+        return rc;
+    return mark(m, im, e);
+}
+
+static void check_run(struct task *t)
+{
+    struct import *m = (struct import *)t;
+
+    m->rc = check(m, &m->e);
+    if (m->rc)
+        memfile_unmap(m->map, m->bytes);
+}
+
+/* ---- on the writer thread */
+
 /* A name that somebody looks up must not come to mean something else by an import. */
 static int check_name(const struct import *m, struct larder_err *e)
 {
@@ -338,35 +373,15 @@ static int put(struct import *m, const struct larder_image *im, struct larder_er
     return rc;
 }
 
-static int check_and_put(struct import *m, const void *map, struct larder_err *e)
-{
-    struct larder_image im;
-    int rc = larder_image_check(map, m->bytes, &im, e);
-
-    if (!rc && (im.dtype == LARDER_ROWS_F16 || im.dtype == LARDER_ROWS_F32))
-        rc = larder_fail(e, LARDER_EUNSUPPORTED, "rows in %s are not stored",
-                         kv_dtype_name((enum kv_dtype)im.dtype));
-    if (rc)
-        return rc;
-    describe(m, &im);
-    if (m->info.sel_layer >= (int32_t)im.n_layers)
-        return larder_fail(e, LARDER_EINVAL, "a selection layer that the model has not");
-    if ((rc = check_document(m, &im, e)) || (rc = check_numbers(m, &im, e)) ||
-        (rc = name_model(m, &im, e)) || (rc = mark(m, &im, e)) || (rc = check_name(m, e)))
-        return rc;
-    return put(m, &im, e);
-}
-
-static void import_run(struct task *t)
+static void put_run(struct task *t)
 {
     struct import *m = (struct import *)t;
     struct store_entry *en;
-    const void *map = NULL;
 
-    m->rc = memfile_map(m->r->fd, m->bytes, m->bytes, &map, NULL, &m->e);
+    m->rc = check_name(m, &m->e);
     if (!m->rc)
-        m->rc = check_and_put(m, map, &m->e);
-    memfile_unmap(map, m->bytes);
+        m->rc = put(m, &m->im, &m->e);
+    memfile_unmap(m->map, m->bytes);
     if (!m->rc)
         m->rc = store_entry_open(m->r->d->store, m->key, &en, &m->e);
     if (m->rc)
@@ -375,7 +390,9 @@ static void import_run(struct task *t)
     store_entry_close(en);
 }
 
-static void import_done(struct task *t)
+/* ---- on the loop again */
+
+static void put_done(struct task *t)
 {
     struct import *m = (struct import *)t;
 
@@ -388,6 +405,18 @@ static void import_done(struct task *t)
     }
     free(m->extra);
     mem_free(m);
+}
+
+static void check_done(struct task *t)
+{
+    struct import *m = (struct import *)t;
+
+    if (m->rc) {
+        put_done(t);
+        return;
+    }
+    m->task = (struct task){put_run, put_done, NULL};
+    task_run(m->r->d->writer, &m->task);
 }
 
 void handle_import(struct request *r)
@@ -411,6 +440,6 @@ void handle_import(struct request *r)
         request_fail(r, &e);
         return;
     }
-    m->task = (struct task){import_run, import_done, NULL};
-    task_run(r->d->writer, &m->task);
+    m->task = (struct task){check_run, check_done, NULL};
+    task_run(r->d->slow, &m->task);
 }
