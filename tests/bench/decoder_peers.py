@@ -10,9 +10,9 @@ import os
 import statistics
 import sys
 
-from peers import (ROOT, Larder, Missed, Process, arguments, measure, open_peers, session,
+from peers import (ROOT, Daemon, Larder, Missed, Process, arguments, measure, open_peers, session,
                    token_ids, write_ids, write_row)
-from resume_peers import N_QUESTION, Daemon, Stored
+from resume_peers import N_QUESTION, Stored
 
 ENTRIES = {"full": "full", "even": "offline,rows=25%,shape=uniform,fit=values",
            "ragged": "offline,rows=25%"}

@@ -41,7 +41,7 @@ def share_of(shape, n, result):
     return 1 - above / shape["n_layers"] * (1 - left)
 
 
-def costs(args, out, directory, missed):
+def costs(args, shape, out, directory, missed):
     profile = os.path.join(directory, "profile.json")
     with open(profile, "w", encoding="utf-8") as f:
         f.write(program(args, "calibrate"))
@@ -54,15 +54,13 @@ def costs(args, out, directory, missed):
         note = "" if cut is None else "%d tokens after layer %d" % (len(runs[0]["selected"]), cut)
         write_row(out, "policy", name, args.tokens, "ms", [r["ms"] for r in runs], note)
     if "asl" in results and "full" in results:
-        share = share_of(json.loads(program(args, "info", "--json")), args.tokens,
-                         results["asl"][0])
+        share = share_of(shape, args.tokens, results["asl"][0])
         write_row(out, "policy", "asl: its share of full", args.tokens, "ms",
                   [share * r["ms"] for r in results["full"]], "%.3f" % share)
 
 
-def growth(args, out, directory, missed):
+def growth(args, shape, out, directory, missed):
     larder = Larder(args.build, args.model, directory)
-    shape = json.loads(program(args, "info", "--json"))
     for n in map(int, args.growth.split(",")):
         print("prefill of %d tokens" % n, flush=True)
         runs = measure([larder], n, args.runs, missed, warm=0).get("larder")
@@ -82,8 +80,9 @@ def main():
     args = parser.parse_args()
     with session(args) as (out, directory, missed, _):
         try:
-            costs(args, out, directory, missed)
-            growth(args, out, directory, missed)
+            shape = json.loads(program(args, "info", "--json"))
+            costs(args, shape, out, directory, missed)
+            growth(args, shape, out, directory, missed)
         except Missed as why:
             missed["policies"] = str(why)
     return 0

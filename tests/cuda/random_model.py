@@ -6,49 +6,28 @@ one random pattern over and over whose length is prime in blocks, so that no two
 alike; written as a stream, in little memory. Positions rotate without scaling.
 """
 import argparse
+import os
 import random
 import struct
+import sys
 
-F32, Q4_0 = 0, 2
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden"))
+import gguf_file
+from gguf_file import F32
+
+Q4_0 = 2
 BLOCK, BLOCK_BYTES = 32, 18
 PATTERN_BLOCKS = 233021  # 4 MB, prime
 CHUNK = 64  # patterns written at once
 
 
-def text(s):
-    raw = s.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
 def metadata(a):
-    def number(key, value):
-        return text(key) + struct.pack("<II", 4, value)
-
-    def real(key, value):
-        return text(key) + struct.pack("<If", 6, value)
-
-    def word(key, value):
-        return text(key) + struct.pack("<I", 8) + text(value)
-
-    def words(key, values):
-        return text(key) + struct.pack("<IIQ", 9, 8, len(values)) + b"".join(map(text, values))
-
-    plain = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
-    others = [b for b in range(256) if b not in plain]
-    letters = [chr(b if b in plain else 256 + others.index(b)) for b in range(256)]
-    tokens = letters + ["<%d>" % i for i in range(256, a.vocab)]
-    return [word("general.architecture", "llama"), word("general.name", "random weights"),
-            number("llama.block_count", a.layers), number("llama.embedding_length", a.hidden),
-            number("llama.feed_forward_length", a.ff),
-            number("llama.context_length", a.positions),
-            number("llama.attention.head_count", a.heads),
-            number("llama.attention.head_count_kv", a.kv_heads),
-            number("llama.attention.key_length", a.head_dim),
-            number("llama.attention.value_length", a.head_dim),
-            number("llama.rope.dimension_count", a.head_dim),
-            real("llama.rope.freq_base", 5e5), real("llama.attention.layer_norm_rms_epsilon", 1e-5),
-            word("tokenizer.ggml.model", "gpt2"), word("tokenizer.ggml.pre", "smollm"),
-            words("tokenizer.ggml.tokens", tokens), words("tokenizer.ggml.merges", [])]
+    tokens = gguf_file.byte_tokens() + ["<%d>" % i for i in range(256, a.vocab)]
+    return gguf_file.llama_keys("random weights", tokens, block_count=a.layers,
+                                embedding_length=a.hidden, feed_forward_length=a.ff,
+                                context_length=a.positions, heads=a.heads, kv_heads=a.kv_heads,
+                                head_dim=a.head_dim, theta=5e5, eps=1e-5)
 
 
 def tensors(a):
@@ -86,13 +65,11 @@ def make_pattern(seed, hidden):
 def write(path, a):
     keys, table, at = metadata(a), [], 0
     for name, dims, kind in tensors(a):
-        table.append(text(name + ".weight") + struct.pack("<I%dQ" % len(dims), len(dims), *dims) +
-                     struct.pack("<IQ", kind, at))
+        table.append(gguf_file.entry(name, dims, kind, at))
         at += -(-n_bytes(dims, kind) // 32) * 32
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(table), len(keys)) + b"".join(keys + table)
     many = make_pattern(a.seed, a.hidden) * CHUNK
     with open(path, "wb") as f:
-        f.write(head + bytes(-len(head) % 32))
+        f.write(gguf_file.head(keys, len(table), b"".join(table)))
         for _, dims, kind in tensors(a):
             left = n_bytes(dims, kind)
             if kind == F32:

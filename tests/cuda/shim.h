@@ -14,6 +14,7 @@
 #include <functional>
 
 #include "cuda_kernel.h"
+#include "half.h"
 
 #define __global__ static
 #define __shared__ static
@@ -53,18 +54,12 @@ template <int left> static inline void prim_wait(void)
 
 static inline uint32_t prim_bits(float x)
 {
-    uint32_t u;
-
-    memcpy(&u, &x, sizeof u);
-    return u;
+    return f32_bits(x);
 }
 
 static inline float prim_float(uint32_t u)
 {
-    float x;
-
-    memcpy(&x, &u, sizeof x);
-    return x;
+    return bits_f32(u);
 }
 
 #endif

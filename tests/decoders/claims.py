@@ -1,4 +1,5 @@
 """claims.py - tests as claims in TAP, and the README's code blocks."""
+import contextlib
 import os
 import re
 import sys
@@ -19,13 +20,14 @@ def claim(function):
     return function
 
 
-def run_claims():
-    """Run what was claimed, in order; the process's exit status."""
+def run_claims(around=contextlib.nullcontext):
+    """Run what was claimed, in order, each within around(); the process's exit status."""
     failed = 0
     for f in _claims:
         name = f.__name__.replace("_", " ")
         try:
-            said = f()
+            with around():
+                said = f()
             print("ok - %s%s" % (name, ": " + said if said else ""), flush=True)
         except Skip as why:
             print("ok - %s # SKIP %s" % (name, why), flush=True)

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import traceback
 import xml.dom.minidom
 
 sys.dont_write_bytecode = True
@@ -22,6 +21,9 @@ import results
 import tasks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "decoders"))
+from claims import Skip, claim, run_claims
+
 BUILD = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else os.path.join(HERE, "../../build")
 
 # A larder-prefill that reads and prints what the real one does and computes nothing: a word is a
@@ -58,18 +60,6 @@ elif a[0] == "ask":
                 o.update(kl=0.25, top1_agree=1)
             print(json.dumps(o))
 ''' % sys.executable
-
-
-CLAIMS = []
-
-
-class Skip(Exception):
-    pass
-
-
-def claim(f):
-    CLAIMS.append(f)
-    return f
 
 
 def count_words(texts):
@@ -550,22 +540,5 @@ def results_without_a_reference_are_no_report():
         assert done.returncode == 1 and "LARDER_EEMPTY" in done.stderr, done.stderr
 
 
-def main():
-    failed = 0
-    for f in CLAIMS:
-        name = f.__name__.replace("_", " ")
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                f()
-            print("ok - " + name)
-        except Skip as why:
-            print("ok - %s # SKIP %s" % (name, why))
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-            print("not ok - " + name)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_claims(lambda: contextlib.redirect_stderr(io.StringIO())))

@@ -16,6 +16,7 @@ import tempfile
 
 sys.dont_write_bytecode = True
 import common
+import gguf_file
 from common import check_logits, claim, engine, write_ids
 
 LAYERS, HIDDEN, HEADS, KV, D, FF, VOCAB = 3, 32, 6, 2, 8, 48, 256
@@ -64,46 +65,12 @@ def interleaved(rows):
     return out
 
 
-def byte_tokens():
-    """One token per byte, spelled in the byte-level alphabet."""
-    plain = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
-    letters, extra = {}, 0
-    for b in range(256):
-        letters[b] = chr(b if b in plain else 256 + extra)
-        extra += b not in plain
-    return [letters[b] for b in range(256)]
-
-
-def text(s):
-    raw = s.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
 def write_model(path, model):
     """The container: header, keys, tensor table, tensors at multiples of 32 bytes."""
-    def number(key, value):
-        return text(key) + struct.pack("<II", 4, value)
-
-    def real(key, value):
-        return text(key) + struct.pack("<If", 6, value)
-
-    def word(key, value):
-        return text(key) + struct.pack("<I", 8) + text(value)
-
-    def words(key, values):
-        return text(key) + struct.pack("<IIQ", 9, 8, len(values)) + b"".join(map(text, values))
-
-    keys = [word("general.architecture", "llama"), word("general.name", "tiny"),
-            number("llama.block_count", LAYERS), number("llama.embedding_length", HIDDEN),
-            number("llama.feed_forward_length", FF), number("llama.context_length", 512),
-            number("llama.attention.head_count", HEADS),
-            number("llama.attention.head_count_kv", KV),
-            number("llama.attention.key_length", D), number("llama.attention.value_length", D),
-            number("llama.rope.dimension_count", D), real("llama.rope.freq_base", THETA),
-            real("llama.attention.layer_norm_rms_epsilon", EPS),
-            word("tokenizer.ggml.model", "gpt2"), word("tokenizer.ggml.pre", "smollm"),
-            words("tokenizer.ggml.tokens", byte_tokens()),
-            words("tokenizer.ggml.merges", [])]
+    keys = gguf_file.llama_keys("tiny", gguf_file.byte_tokens(), block_count=LAYERS,
+                                embedding_length=HIDDEN, feed_forward_length=FF,
+                                context_length=512, heads=HEADS, kv_heads=KV, head_dim=D,
+                                theta=THETA, eps=EPS)
     tensors = [("token_embd", model["embd"]), ("output_norm", model["norm"])]
     for i, layer in enumerate(model["layers"]):
         for name, rows in layer.items():
@@ -112,14 +79,12 @@ def write_model(path, model):
     table, data = b"", b""
     for name, rows in tensors:
         dims = [len(rows[0])] if "norm" in name else [len(rows[0]), len(rows)]
-        table += text(name + ".weight") + struct.pack("<I%dQ" % len(dims), len(dims), *dims)
-        table += struct.pack("<IQ", 0, len(data))
+        table += gguf_file.entry(name, dims, gguf_file.F32, len(data))
         flat = [x for row in rows for x in row]
         data += struct.pack("<%df" % len(flat), *flat)
         data += bytes(-len(data) % 32)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys) + table
     with open(path, "wb") as f:
-        f.write(head + bytes(-len(head) % 32) + data)
+        f.write(gguf_file.head(keys, len(tensors), table) + data)
 
 
 # ---- the forward pass
