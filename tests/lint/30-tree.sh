@@ -19,6 +19,7 @@ report "file names are unique over all source folders" \
     "$(for f in $src; do basename "$f"; done | sort | uniq -d)"
 report "no line is longer than 100 columns" \
     "$(awk 'length($0) > 100 { print FILENAME ":" FNR }' $src client/python/*/*.py tests/decoders/*.py)"
+report "every script is executable" "$(find etc tests -name '*.sh' ! -perm -u+x)"
 report "no library prints or exits" \
     "$(grep -nE '\b(printf|puts|exit|abort)\(' $(ls base/*.c store/*.c ipc/*.c prefill/*.c client/*.c |
         grep -vE '(prefill/main|client/cli)') | grep -vE 'f?s?n?printf\((e|buf|out|w|f|p)')"
