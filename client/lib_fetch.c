@@ -30,7 +30,7 @@ static int map_image(struct larder_lease *l, uint64_t n_bytes, bool packed, stru
 {
     const void *map = NULL;
     uint64_t n = 0;
-    int rc = memfile_map(l->fd, n_bytes, UINT64_MAX, &map, &n, e);
+    int rc = memfile_map_served(l->fd, n_bytes, UINT64_MAX, &map, &n, e);
 
     if (rc)
         return rc;

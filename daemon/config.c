@@ -56,7 +56,7 @@ static const struct key top_keys[] = {
      "decoded images kept in memory without a lease"},
     {"prepared_files", COUNT, TOP(prepared_files), 0, 16, "2", "fresh memory files kept ready"},
     {"prepared_bytes", BYTES, TOP(prepared_bytes), 1 << 16, 1ull << 36, "64M",
-     "size of each; images below a quarter of it do without"},
+     "size of the largest of them; the others are as large as the last images"},
     {"max_clients", COUNT, TOP(max_clients), 1, 65536, "256", "connections at a time"},
     {"max_in_flight", COUNT, TOP(max_in_flight), 1, 1024, "32",
      "unanswered requests of a connection"},

@@ -4,7 +4,7 @@
  *            Pools (task.h): `writer`, one thread, does all that ends in an fsync; `readers`,
  *            one per processor, decode images and read entries; `slow`, one thread, verifies.
  *            The store locks inside. A task owns what it points to until its done() runs.
- * Locks      task lists; the list of prepared files (images.c); the store's own. None is held
+ * Locks      task lists; the list of prepared files (image_file.c); the store's own. None is held
  *            while another is taken.
  */
 #ifndef LARDER_DAEMON_H
@@ -131,7 +131,7 @@ int read_document(struct request *r, bool *ret_tokens, void **ret, uint64_t *ret
                   struct larder_err *e);
 struct model *model_for(struct daemon *d, const char *name, struct larder_err *e);
 
-/* ---- images.c: decoded images, leases, prepared files */
+/* ---- images.c: decoded images, leases */
 int images_new(struct daemon *d, struct larder_err *e);
 void images_free(struct daemon *d);
 void handle_fetch(struct request *r);

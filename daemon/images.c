@@ -1,9 +1,7 @@
 /* images.c - decoded images: filled once, sealed, leased, kept while there is room.
  *
- * The one idea: a fresh memory file costs more in page faults than the decompression that
- * fills it, so a thread of its own keeps a few prefaulted ones ready. A fetch takes one,
- * all readers decode extents straight into it, the last of them seals it. Files are
- * never refilled: whoever kept a mapping must never see another entry's bytes. */
+ * The one idea: a fetch takes a memory file whose pages are there (image_file.h), all readers
+ * decode extents straight into it, the last of them seals it, and one file serves all who ask. */
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -12,14 +10,12 @@
 #include <unistd.h>
 
 #include "daemon.h"
+#include "image_file.h"
 #include "image_plan.h"
 #include "mem.h"
-#include "memfile.h"
 
 #define BUCKETS 4096u
 #define IMAGE_MAX_BYTES (1ull << 40)
-#define SMALL_SHARE 4u
-#define MAX_OLD 64u
 
 struct waiter {
     struct waiter *next;
@@ -43,104 +39,22 @@ struct images {
     struct image *bucket[BUCKETS];
     struct image *newest, *oldest;
     uint64_t n, bytes;
-    /* files, prepared and closed by a thread: under `lock` */
-    pthread_mutex_t lock;
-    pthread_cond_t used;
-    pthread_t thread;
-    bool running, stop;
-    int file[16], old[MAX_OLD]; /* ready to be filled; to be closed */
-    uint32_t n_files, max_files, n_old;
-    uint64_t file_bytes;
+    struct image_files *files;
 };
-
-/* ---- files
- *
- * Making and freeing pages takes longer than filling them, so neither is done where somebody
- * waits. */
-
-/* With `lock`, which is let go meanwhile. */
-static void close_old(struct images *s)
-{
-    int fd = s->old[--s->n_old];
-
-    pthread_mutex_unlock(&s->lock);
-    close(fd);
-    pthread_mutex_lock(&s->lock);
-}
-
-static void *prepare(void *arg)
-{
-    struct images *s = arg;
-
-    pthread_mutex_lock(&s->lock);
-    while (!s->stop) {
-        int fd, rc;
-
-        if (s->n_old) {
-            close_old(s);
-            continue;
-        }
-        if (s->n_files >= s->max_files) {
-            pthread_cond_wait(&s->used, &s->lock);
-            continue;
-        }
-        pthread_mutex_unlock(&s->lock);
-        rc = memfile_blank("larder-image", s->file_bytes, &fd, NULL);
-        pthread_mutex_lock(&s->lock);
-        if (!rc)
-            s->file[s->n_files++] = fd;
-        else /* no memory now: try again when one is used */
-            pthread_cond_wait(&s->used, &s->lock);
-    }
-    while (s->n_old)
-        close_old(s);
-    pthread_mutex_unlock(&s->lock);
-    return NULL;
-}
-
-/* A file of at least n bytes; *ret_bytes is how many. A prepared one is not for images so small
- * that giving back and preparing the rest of it costs more than their own pages. */
-static int take_file(struct images *s, uint64_t n, int *ret_fd, uint64_t *ret_bytes,
-                     struct larder_err *e)
-{
-    bool found = false;
-
-    pthread_mutex_lock(&s->lock);
-    if (s->n_files && n <= s->file_bytes && n >= s->file_bytes / SMALL_SHARE) {
-        *ret_fd = s->file[--s->n_files];
-        *ret_bytes = s->file_bytes;
-        found = true;
-    }
-    pthread_mutex_unlock(&s->lock);
-    if (found)
-        return 0;
-    *ret_bytes = n;
-    return memfile_blank("larder-image", n, ret_fd, e);
-}
-
-/* Called when an image is done, so that preparing does not compete with filling. */
-static void replenish(struct images *s)
-{
-    pthread_mutex_lock(&s->lock);
-    pthread_cond_signal(&s->used);
-    pthread_mutex_unlock(&s->lock);
-}
 
 int images_new(struct daemon *d, struct larder_err *e)
 {
     struct images *s = mem_zalloc(1, sizeof *s);
+    int rc;
 
     if (!s)
         return larder_fail(e, LARDER_ENOMEM, "no memory");
-    pthread_mutex_init(&s->lock, NULL);
-    pthread_cond_init(&s->used, NULL);
-    s->max_files = (uint32_t)d->conf.prepared_files;
-    s->file_bytes = d->conf.prepared_bytes;
-    d->images = s;
-    if (pthread_create(&s->thread, NULL, prepare, s))
-        return larder_fail(e, LARDER_ENOMEM, "cannot start a thread: %s", strerror(errno));
-    s->running = true;
-    return 0;
+    rc = image_files_new(&s->files, (uint32_t)d->conf.prepared_files, d->conf.prepared_bytes, e);
+    if (rc)
+        mem_free(s);
+    else
+        d->images = s;
+    return rc;
 }
 
 /* ---- table */
@@ -191,24 +105,10 @@ static struct image *add_image(struct images *s, const uint8_t key[32], enum kv_
     return im;
 }
 
-/* Its pages go once no client maps them; too many at once are waited for. */
-static void close_file(struct images *s, int fd)
-{
-    pthread_mutex_lock(&s->lock);
-    if (s->running && s->n_old < MAX_OLD) {
-        s->old[s->n_old++] = fd;
-        pthread_cond_signal(&s->used);
-        fd = -1;
-    }
-    pthread_mutex_unlock(&s->lock);
-    if (fd >= 0)
-        close(fd);
-}
-
 static void free_image(struct images *s, struct image *im)
 {
     if (im->fd >= 0)
-        close_file(s, im->fd);
+        image_files_drop(s->files, &(struct image_file){.fd = im->fd});
     json_decref(im->entry);
     mem_free(im);
 }
@@ -272,20 +172,9 @@ void images_free(struct daemon *d)
 
     if (!s)
         return;
-    if (s->running) {
-        pthread_mutex_lock(&s->lock);
-        s->stop = true;
-        pthread_cond_signal(&s->used);
-        pthread_mutex_unlock(&s->lock);
-        pthread_join(s->thread, NULL);
-        s->running = false;
-    }
-    for (uint32_t i = 0; i < s->n_files; i++)
-        close(s->file[i]);
     while (s->newest)
         drop_image(s, s->newest);
-    pthread_mutex_destroy(&s->lock);
-    pthread_cond_destroy(&s->used);
+    image_files_free(s->files);
     mem_free(s);
     d->images = NULL;
 }
@@ -296,7 +185,7 @@ json_t *images_status(const struct daemon *d)
 
     return json_pack("{sI sI sI sI}", "cached", (json_int_t)s->n, "bytes", (json_int_t)s->bytes,
                      "leases", (json_int_t)server_n_leases(d), "prepared",
-                     (json_int_t)s->max_files);
+                     (json_int_t)d->conf.prepared_files);
 }
 
 /* ---- filling */
@@ -310,8 +199,7 @@ struct fill {
     struct store_entry *en;
     struct image_plan *plan;
     struct store_target *target;
-    int fd;
-    uint64_t file_bytes;       /* of fd: at least the plan's */
+    struct image_file file;    /* of at least the plan's size */
     atomic_uint next, running; /* extents handed out; readers still at it */
     atomic_int rc;             /* first failure */
     pthread_mutex_t lock;      /* of e */
@@ -336,39 +224,37 @@ static void fill_fail(struct fill *f, int rc, const struct larder_err *e)
     }
 }
 
-static int put(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e)
+static int room(void *arg, uint64_t at, uint64_t n, struct larder_err *e)
 {
-    return memfile_write(((const struct fill *)arg)->fd, at, bytes, n, e);
+    return image_file_room(&((const struct fill *)arg)->file, at, n, e);
 }
 
-/* Header and head table: what lies before the first array. */
-static int fill_head(struct fill *f, struct larder_err *e)
+static int put(const struct fill *f, uint64_t at, const void *bytes, uint64_t n,
+               struct larder_err *e)
 {
-    uint8_t *head = mem_zalloc(f->plan->tokens_off, 1);
-    int rc = head ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory for an image's header");
+    int rc = n ? image_file_room(&f->file, at, n, e) : 0;
 
-    if (!rc) {
-        image_plan_write(f->plan, head);
-        rc = put(f, 0, head, f->plan->tokens_off, e);
-    }
-    mem_free(head);
+    if (!rc && n)
+        memcpy(f->file.map + at, bytes, n);
     return rc;
 }
 
-/* What is not rows; and what a prepared file has too much of goes. */
+/* What is not rows; and what a ready file has too much of goes. */
 static int fill_rest(struct fill *f, struct larder_err *e)
 {
     const struct store_info *in = store_entry_info(f->en);
     const struct image_plan *p = f->plan;
     uint32_t heads = in->geom.n_kv_heads;
-    int rc = p->n_bytes < f->file_bytes ? memfile_cut(f->fd, p->n_bytes, e) : 0;
+    int rc = image_file_cut(&f->file, p->n_bytes, e);
 
     if (!rc)
         rc = store_entry_load(f->en, e);
-    if (!rc)
-        rc = fill_head(f, e);
-    if (!rc)
+    if (!rc) /* header and head table: what lies before the first array */
+        rc = image_file_room(&f->file, 0, p->tokens_off, e);
+    if (!rc) {
+        image_plan_write(p, f->file.map);
         rc = put(f, p->tokens_off, in->ident.tokens, 4ull * in->n_ctx, e);
+    }
     if (!rc)
         rc = put(f, p->text_off, in->text, in->text_len, e);
     if (!rc)
@@ -382,22 +268,20 @@ static int fill_rest(struct fill *f, struct larder_err *e)
 /* By the last reader to leave. */
 static void seal(struct fill *f)
 {
+    struct image_files *files = f->d->images->files;
     struct larder_err e;
-    int rc =
-        atomic_load(&f->rc) ? 0 : memfile_seal(f->fd, NULL, f->plan->n_bytes, f->plan->n_bytes, &e);
+    int rc = atomic_load(&f->rc) ? 0 : image_files_seal(files, &f->file, &e);
 
     if (rc)
         fill_fail(f, rc, &e);
-    if (atomic_load(&f->rc)) {
-        close(f->fd);
-        f->fd = -1;
-    }
+    if (atomic_load(&f->rc))
+        image_files_drop(files, &f->file);
 }
 
 static void work(struct fill *f)
 {
     uint32_t n = store_entry_n_extents(f->en, f->rows);
-    const struct store_sink to = {put, f, f->target};
+    const struct store_sink to = {f->file.map, f->target, room, f};
     struct larder_err e;
     unsigned i;
 
@@ -461,7 +345,7 @@ static int set_targets(struct fill *f, struct larder_err *e)
     for (uint32_t i = 0; i < n; i++)
         f->target[i] =
             (struct store_target){p->slot[i].k_off, p->slot[i].v_off, p->slot[i].bias_off};
-    return take_file(f->d->images, p->n_bytes, &f->fd, &f->file_bytes, e);
+    return image_files_take(f->d->images->files, p->n_bytes, &f->file, e);
 }
 
 static void nothing(struct task *t)
@@ -570,7 +454,7 @@ static void fill_done(struct task *t)
         answer_waiters(im, &f->e);
         drop_image(d->images, im);
     } else {
-        im->fd = f->fd;
+        im->fd = f->file.fd;
         im->bytes = f->plan->n_bytes;
         im->entry = f->entry;
         f->entry = NULL;
@@ -579,7 +463,7 @@ static void fill_done(struct task *t)
         answer_waiters(im, NULL);
         image_release(d, im);
     }
-    replenish(d->images);
+    image_files_wake(d->images->files);
     fill_free(f);
 }
 
@@ -595,7 +479,7 @@ static int start_fill(struct daemon *d, struct image *im, struct larder_err *e)
     }
     f->d = d;
     f->image = im;
-    f->fd = -1;
+    f->file.fd = -1;
     f->rows = im->rows;
     memcpy(f->key, im->key, 32);
     pthread_mutex_init(&f->lock, NULL);

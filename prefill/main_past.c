@@ -77,7 +77,7 @@ static int check_image(const struct engine_setup *s, const struct larder_image *
 int past_from_image(const struct engine_setup *s, int fd, struct past *p, struct larder_err *e)
 {
     struct larder_image im;
-    int rc = memfile_map(fd, UINT64_MAX, MAX_IMAGE_BYTES, &p->map, &p->map_bytes, e);
+    int rc = memfile_map_served(fd, UINT64_MAX, MAX_IMAGE_BYTES, &p->map, &p->map_bytes, e);
 
     if (!rc)
         rc = larder_image_check(p->map, p->map_bytes, &im, e);

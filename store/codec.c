@@ -212,19 +212,58 @@ static void produce(struct source *s, uint32_t at, uint32_t n, void *dst)
     channels_merge(&s->at, s->exponent + at / 2, s->rest + at / 2, n / 2, dst);
 }
 
-static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
-                   const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst, struct larder_err *e)
+/* Places that are filled one after the other. */
+struct outlet {
+    const struct codec_piece *piece;
+    uint32_t used; /* of it */
+};
+
+static void put_block(struct outlet *o, const uint8_t *bytes, uint32_t n)
 {
+    while (n) {
+        uint32_t left = o->piece->n - o->used, take = n < left ? n : left;
+
+        memcpy(o->piece->to + o->used, bytes, take);
+        bytes += take;
+        n -= take;
+        o->used += take;
+        if (o->used == o->piece->n && n)
+            *o = (struct outlet){o->piece + 1, 0};
+    }
+}
+
+/* n bytes in a row, or NULL: then they are put there in parts. */
+static uint8_t *place_for(struct outlet *o, uint32_t n)
+{
+    uint8_t *to;
+
+    if (o->used == o->piece->n)
+        *o = (struct outlet){o->piece + 1, 0};
+    if (o->piece->n - o->used < n)
+        return NULL;
+    to = o->piece->to + o->used;
+    o->used += n;
+    return to;
+}
+
+static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
+                   const uint8_t hash[EXTENT_HASH_LEN], const struct codec_piece *to,
+                   struct larder_err *e)
+{
+    struct outlet out = {to, 0};
     XXH128_canonical_t canonical;
     uint16_t block[HASH_BLOCK / 2];
 
     XXH3_128bits_reset(c->hash);
     for (uint32_t at = 0, n; at < raw_len; at += n) {
-        void *to = dst ? (void *)(dst + at) : (void *)block;
+        uint8_t *place;
 
         n = raw_len - at < HASH_BLOCK ? raw_len - at : HASH_BLOCK;
-        produce(s, at, n, to);
-        XXH3_128bits_update(c->hash, to, n);
+        place = to ? place_for(&out, n) : NULL;
+        produce(s, at, n, place ? (void *)place : (void *)block);
+        XXH3_128bits_update(c->hash, place ? (void *)place : (void *)block, n);
+        if (to && !place)
+            put_block(&out, (const uint8_t *)block, n);
     }
     XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(c->hash));
     if (memcmp(canonical.digest, hash, EXTENT_HASH_LEN))
@@ -257,8 +296,8 @@ static int open_rows(struct codec *c, enum codec_kind kind, const void *stored, 
 }
 
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
-                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst,
-                 struct larder_err *e)
+                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
+                 const struct codec_piece *to, struct larder_err *e)
 {
     struct source s = {.bytes = stored};
     int rc = 0;
@@ -277,7 +316,7 @@ int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint
         return damaged(e, "an extent names an unknown codec");
     }
     if (!rc)
-        rc = deliver(c, &s, raw_len, hash, dst, e);
+        rc = deliver(c, &s, raw_len, hash, to, e);
     if (!rc && kind == CODEC_TIERS && tiers_close(&c->tiers))
         rc = damaged(e, "the tiers of an extent do not have the declared size");
     return rc;

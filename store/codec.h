@@ -50,10 +50,16 @@ int codec_encode(struct codec *c, enum codec_kind want, const struct codec_input
 /* EXTENT_RAW_MAX bytes to decode into, kept with the codec; NULL when memory is out. */
 uint8_t *codec_buffer(struct codec *c);
 
-/* Decode raw_len bytes into dst (NULL: decode and hash only) and compare the hash. What is in dst
- * is only to be used when it returns 0. */
+/* Where decoded bytes go: a list of pieces whose lengths add up to all of them. */
+struct codec_piece {
+    uint8_t *to;
+    uint32_t n;
+};
+
+/* Decode raw_len bytes (NULL: decode and hash only) and compare the hash. What is in the pieces is
+ * only to be used when it returns 0. */
 int codec_decode(struct codec *c, enum codec_kind kind, const void *stored, uint32_t stored_len,
-                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN], uint8_t *dst,
-                 struct larder_err *e);
+                 uint32_t raw_len, const uint8_t hash[EXTENT_HASH_LEN],
+                 const struct codec_piece *to, struct larder_err *e);
 
 #endif

@@ -14,8 +14,8 @@
 #include "size.h"
 #include "store_int.h"
 
-#define BIAS_BLOCK 1024u
 #define AHEAD 8u         /* extents of at most a mebibyte */
+#define MAX_PIECES 64u   /* of an extent that is decoded in place */
 #define TILES_PER_HEAD 3 /* K, V, bias (which may be empty) */
 
 struct store_entry {
@@ -173,9 +173,9 @@ const struct store_info *store_entry_info(const struct store_entry *en)
 
 /* ---- extents */
 
-/* Verify extent i and decode it into dst (NULL: verify only). */
+/* Verify extent i and decode it (NULL: verify only). */
 static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i, struct codec *c,
-                         uint8_t *dst, struct larder_err *e)
+                         const struct codec_piece *to, struct larder_err *e)
 {
     const struct extent *x = &en->m.extent[i];
     uint8_t key[EXTENT_KEY_LEN];
@@ -189,7 +189,7 @@ static int decode_extent(const struct store_entry *en, MDB_txn *txn, uint32_t i,
     if (!rc && v.mv_size != x->stored_len)
         return larder_fail(e, LARDER_EDAMAGED, "extent %u has a wrong length", i);
     if (!rc)
-        rc = codec_decode(c, x->codec, v.mv_data, x->stored_len, x->raw_len, x->hash, dst, e);
+        rc = codec_decode(c, x->codec, v.mv_data, x->stored_len, x->raw_len, x->hash, to, e);
     return rc == LARDER_EDAMAGED ? larder_fail_in(e, rc, "extent %u", i) : rc;
 }
 
@@ -217,8 +217,8 @@ static void read_ahead(const struct store_entry *en, MDB_txn *txn, uint32_t i)
 }
 
 /* In a transaction of its own; an entry deleted meanwhile is not damage. */
-static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *c, uint8_t *dst,
-                        struct larder_err *e)
+static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *c,
+                        const struct codec_piece *to, struct larder_err *e)
 {
     MDB_txn *txn;
     MDB_val v;
@@ -227,12 +227,20 @@ static int decode_alone(const struct store_entry *en, uint32_t i, struct codec *
     if (rc)
         return rc;
     read_ahead(en, txn, i);
-    rc = decode_extent(en, txn, i, c, dst, e);
+    rc = decode_extent(en, txn, i, c, to, e);
     if (rc == LARDER_EDAMAGED &&
         db_get(en->s, txn, DB_entries, en->m.info.key, STORE_KEY_LEN, &v, NULL) == LARDER_ENOTFOUND)
         rc = larder_fail(e, LARDER_ENOTFOUND, "the entry was removed while it was read");
     mdb_txn_abort(txn);
     return rc;
+}
+
+static int decode_buffered(const struct store_entry *en, uint32_t i, struct codec *c,
+                           struct larder_err *e)
+{
+    struct codec_piece to = {codec_buffer(c), en->m.extent[i].raw_len};
+
+    return decode_alone(en, i, c, &to, e);
 }
 
 /* ---- aux: tokens, text, positions, logits, extra */
@@ -356,8 +364,10 @@ int entry_load_txn(struct store_entry *en, MDB_txn *txn, struct larder_err *e)
         return larder_fail(e, LARDER_ENOMEM, "no memory to read an entry");
     }
     for (uint32_t i = en->m.n_row_extents; !rc && i < en->m.n_extents; i++) {
-        rc = decode_extent(en, txn, i, c, en->aux + at, e);
-        at += en->m.extent[i].raw_len;
+        struct codec_piece to = {en->aux + at, en->m.extent[i].raw_len};
+
+        rc = decode_extent(en, txn, i, c, &to, e);
+        at += to.n;
     }
     codec_give(en->s, c);
     return rc ? rc : unpack_aux(en, e);
@@ -403,12 +413,19 @@ static uint32_t tile_at(const struct store_entry *en, uint64_t offset)
     return lo;
 }
 
-int store_to_memory(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e)
+static int make_room(const struct store_sink *to, uint64_t at, uint64_t n, struct larder_err *e)
 {
-    (void)arg;
-    (void)e;
-    memcpy((void *)(uintptr_t)at, bytes, n);
-    return 0;
+    return to->room && n ? to->room(to->arg, at, n, e) : 0;
+}
+
+static int put(const struct store_sink *to, uint64_t at, const void *bytes, uint64_t n,
+               struct larder_err *e)
+{
+    int rc = make_room(to, at, n, e);
+
+    if (!rc && n)
+        memcpy(to->base + at, bytes, n);
+    return rc;
 }
 
 /* Bias tiles are stored as bf16 and wanted as f32. K and V of a head are an even number of bytes
@@ -416,15 +433,12 @@ int store_to_memory(void *arg, uint64_t at, const void *bytes, uint64_t n, struc
 static int put_bias(const struct store_sink *to, uint64_t at, const uint8_t *half, uint32_t n,
                     struct larder_err *e)
 {
-    float wide[BIAS_BLOCK];
-    int rc = 0;
+    int rc = make_room(to, at, 4ull * n, e);
 
-    for (uint32_t i = 0; !rc && i < n; i += BIAS_BLOCK) {
-        uint32_t m = n - i < BIAS_BLOCK ? n - i : BIAS_BLOCK;
+    for (uint32_t i = 0; !rc && i < n; i++, half += 2) {
+        float wide = bf16_to_f32((uint16_t)(half[0] | half[1] << 8));
 
-        for (uint32_t j = 0; j < m; j++, half += 2)
-            wide[j] = bf16_to_f32((uint16_t)(half[0] | half[1] << 8));
-        rc = to->put(to->arg, at + 4ull * i, wide, 4ull * m, e);
+        memcpy(to->base + at + 4ull * i, &wide, sizeof wide);
     }
     return rc;
 }
@@ -437,45 +451,85 @@ static uint64_t place_of(const struct store_sink *to, uint32_t t)
     return t % TILES_PER_HEAD == 0 ? at->k : t % TILES_PER_HEAD == 1 ? at->v : at->bias;
 }
 
-/* An extent's bytes to the tiles that it holds parts of, as they are stored. Tiles that are
- * neighbours there too are put together. */
-static int put_tiles(const struct store_entry *en, uint32_t i, const uint8_t *bytes,
-                     const struct store_sink *to, struct larder_err *e)
+/* A part of an extent, within one tile: bytes [from, till) of the row stream go to `place`. */
+struct piece {
+    uint32_t tile;
+    uint64_t from, till, place;
+};
+
+/* Bias is f32 there, so twice as far into its tile. */
+static bool is_bias(const struct piece *p)
 {
-    uint64_t begin = (uint64_t)i * EXTENT_RAW_MAX, end = begin + en->m.extent[i].raw_len;
-    uint64_t at = begin, start = begin, place = 0; /* [start, at) waits to be put at `place` */
+    return p->tile % TILES_PER_HEAD == 2;
+}
+
+/* The piece that starts at `from`, of a stream that ends at `end`. */
+static struct piece piece_at(const struct store_entry *en, const struct store_sink *to,
+                             uint64_t from, uint64_t end)
+{
+    uint32_t t = tile_at(en, from);
+    struct piece p = {t, from, end < en->tile[t + 1] ? end : en->tile[t + 1], 0};
+
+    p.place = place_of(to, t) + (is_bias(&p) ? 2 : 1) * (from - en->tile[t]);
+    return p;
+}
+
+/* The extent's bytes in as few pieces as they have places there; 0 where that is more than
+ * MAX_PIECES, or one is a bias. */
+static uint32_t list_pieces(const struct store_entry *en, uint64_t begin, uint64_t end,
+                            const struct store_sink *to, struct codec_piece out[MAX_PIECES])
+{
+    uint32_t n = 0;
+
+    while (begin < end) {
+        struct piece p = piece_at(en, to, begin, end);
+        uint8_t *place = to->base + p.place;
+
+        if (is_bias(&p))
+            return 0;
+        if (n && out[n - 1].to + out[n - 1].n == place)
+            out[n - 1].n += (uint32_t)(p.till - begin);
+        else if (n == MAX_PIECES)
+            return 0;
+        else
+            out[n++] = (struct codec_piece){place, (uint32_t)(p.till - begin)};
+        begin = p.till;
+    }
+    return n;
+}
+
+static int put_pieces(const struct store_entry *en, uint64_t begin, uint64_t end,
+                      const uint8_t *bytes, const struct store_sink *to, struct larder_err *e)
+{
     int rc = 0;
 
-    for (uint32_t t = tile_at(en, begin); !rc && at < end; t++) {
-        uint64_t till = end < en->tile[t + 1] ? end : en->tile[t + 1];
-        bool bias = t % TILES_PER_HEAD == 2; /* f32 there, so twice as far into it */
-        uint64_t here = place_of(to, t) + (bias ? 2 : 1) * (at - en->tile[t]);
+    for (uint64_t at = begin; !rc && at < end;) {
+        struct piece p = piece_at(en, to, at, end);
+        uint64_t n = p.till - at;
 
-        if (till == at)
-            continue;
-        if (at > start && (bias || here != place + (at - start))) {
-            rc = to->put(to->arg, place, bytes + (start - begin), at - start, e);
-            start = at;
-        }
-        if (bias && !rc) {
-            rc = put_bias(to, here, bytes + (at - begin), (uint32_t)(till - at) / 2, e);
-            start = till;
-        } else if (start == at) {
-            place = here;
-        }
-        at = till;
+        rc = is_bias(&p) ? put_bias(to, p.place, bytes, (uint32_t)n / 2, e)
+                         : put(to, p.place, bytes, n, e);
+        bytes += n;
+        at = p.till;
     }
-    if (!rc && at > start)
-        rc = to->put(to->arg, place, bytes + (start - begin), at - start, e);
     return rc;
 }
 
 static int decode_tiles(const struct store_entry *en, uint32_t i, struct codec *c,
                         const struct store_sink *to, struct larder_err *e)
 {
-    int rc = decode_alone(en, i, c, codec_buffer(c), e);
+    uint64_t begin = (uint64_t)i * EXTENT_RAW_MAX, end = begin + en->m.extent[i].raw_len;
+    struct codec_piece there[MAX_PIECES];
+    uint32_t n = list_pieces(en, begin, end, to, there);
+    int rc = 0;
 
-    return rc ? rc : put_tiles(en, i, codec_buffer(c), to, e);
+    if (!n) {
+        rc = decode_buffered(en, i, c, e);
+        return rc ? rc : put_pieces(en, begin, end, codec_buffer(c), to, e);
+    }
+    for (uint32_t p = 0; !rc && p < n; p++)
+        rc = make_room(to, (uint64_t)(there[p].to - to->base), there[p].n, e);
+    return rc ? rc : decode_alone(en, i, c, there, e);
 }
 
 /* Bytes [at, at + n) of the row stream; each extent that holds some is verified whole. */
@@ -489,7 +543,7 @@ static int read_stream(const struct store_entry *en, uint64_t at, uint64_t n, st
         uint32_t i = (uint32_t)(at / EXTENT_RAW_MAX), skip = (uint32_t)(at % EXTENT_RAW_MAX);
         uint64_t left = en->m.extent[i].raw_len - skip, take = left < n ? left : n;
 
-        rc = decode_alone(en, i, c, codec_buffer(c), e);
+        rc = decode_buffered(en, i, c, e);
         if (!rc)
             memcpy(out, bytes + skip, take);
         out += take;
@@ -499,26 +553,25 @@ static int read_stream(const struct store_entry *en, uint64_t at, uint64_t n, st
     return rc;
 }
 
-/* A head of a packed layer as bf16. `bytes` begin at offset `at` of the row stream; `wide` holds
- * the rows of a tile. */
+/* A head of a packed layer as bf16. `bytes` begin at offset `at` of the row stream. */
 static int put_expanded(const struct store_entry *en, uint32_t g, const uint8_t *bytes, uint64_t at,
-                        uint16_t *wide, const struct store_sink *to, struct larder_err *e)
+                        const struct store_sink *to, struct larder_err *e)
 {
     const struct store_info *in = &en->m.info;
     const uint64_t *t = en->tile + (uint64_t)g * TILES_PER_HEAD;
     uint32_t rows = in->rows[g], d = in->geom.head_dim;
     uint64_t n = 2ull * rows * d;
-    int rc;
+    int rc = make_room(to, to->target[g].k, n, e);
 
-    packed_expand_k(in->precision, bytes + (t[0] - at), rows, d, wide);
-    rc = to->put(to->arg, to->target[g].k, wide, n, e);
-    if (!rc) {
-        packed_expand_v(in->precision, bytes + (t[1] - at), rows, d, wide);
-        rc = to->put(to->arg, to->target[g].v, wide, n, e);
-    }
-    if (!rc && in->has_bias)
-        rc = put_bias(to, to->target[g].bias, bytes + (t[2] - at), rows, e);
-    return rc;
+    if (!rc)
+        rc = make_room(to, to->target[g].v, n, e);
+    if (rc)
+        return rc;
+    packed_expand_k(in->precision, bytes + (t[0] - at), rows, d,
+                    (void *)(to->base + to->target[g].k));
+    packed_expand_v(in->precision, bytes + (t[1] - at), rows, d,
+                    (void *)(to->base + to->target[g].v));
+    return in->has_bias ? put_bias(to, to->target[g].bias, bytes + (t[2] - at), rows, e) : 0;
 }
 
 /* A packed layer as bf16: fetch its bytes, expand each tile. */
@@ -526,21 +579,15 @@ static int decode_expanded(const struct store_entry *en, uint32_t layer, struct 
                            const struct store_sink *to, struct larder_err *e)
 {
     const struct store_info *in = &en->m.info;
-    uint32_t first = layer * in->geom.n_kv_heads, end = first + in->geom.n_kv_heads, most = 0;
+    uint32_t first = layer * in->geom.n_kv_heads, end = first + in->geom.n_kv_heads;
     uint64_t at = en->tile[first * TILES_PER_HEAD], n = en->tile[end * TILES_PER_HEAD] - at;
     uint8_t *bytes = mem_alloc(n, 1);
-    uint16_t *wide;
-    int rc;
+    int rc = bytes ? read_stream(en, at, n, c, bytes, e)
+                   : larder_fail(e, LARDER_ENOMEM, "no memory to decode a layer");
 
-    for (uint32_t g = first; g < end; g++)
-        most = in->rows[g] > most ? in->rows[g] : most;
-    wide = mem_alloc((uint64_t)most * in->geom.head_dim, sizeof *wide);
-    rc = bytes && wide ? read_stream(en, at, n, c, bytes, e)
-                       : larder_fail(e, LARDER_ENOMEM, "no memory to decode a layer");
     for (uint32_t g = first; !rc && g < end; g++)
-        rc = put_expanded(en, g, bytes, at, wide, to, e);
+        rc = put_expanded(en, g, bytes, at, to, e);
     mem_free(bytes);
-    mem_free(wide);
     return rc;
 }
 

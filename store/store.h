@@ -129,26 +129,25 @@ int store_entry_load(struct store_entry *en, struct larder_err *e);
 /* Original positions of the rows of (layer, head); after store_entry_load(). */
 const uint32_t *store_entry_positions(const struct store_entry *en, uint32_t layer, uint32_t head);
 
-/* Where rows are decoded to: put() takes bytes for a place, any number of threads at a time, and
- * fails with LARDER_E*. What it gets has been verified. */
+/* Memory that rows are decoded into. Where decoding fails, what lies there is undefined. */
 struct store_sink {
-    int (*put)(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e);
-    void *arg;
+    uint8_t *base;
     const struct store_target *target; /* [n_layers * n_kv_heads] */
+    /* Called before bytes [at, at + n) of it are written, from any number of threads at a time;
+     * fails with LARDER_E*. NULL: they can be written. */
+    int (*room)(void *arg, uint64_t at, uint64_t n, struct larder_err *e);
+    void *arg;
 };
 
-/* A put() for memory: places are addresses, `arg` is not used. */
-int store_to_memory(void *arg, uint64_t at, const void *bytes, uint64_t n, struct larder_err *e);
-
-/* Places of the rows of one (layer, KV head). */
+/* Offsets from the base: of the rows of one (layer, KV head). */
 struct store_target {
     uint64_t k, v; /* bf16 rows, or tile_bytes_k() and tile_bytes_v() of the entry's precision */
     uint64_t bias; /* f32; with has_bias */
 };
 
 /* Rows are read `as` KV_BF16, into which packed ones are expanded, or in the entry's own precision.
- * They come in independent parts: number i (< store_entry_n_extents()) is decoded, verified and
- * put. A part is an extent, or a layer where rows are expanded. */
+ * They come in independent parts: number i (< store_entry_n_extents()) is decoded and verified.
+ * A part is an extent, or a layer where rows are expanded. */
 uint32_t store_entry_n_extents(const struct store_entry *en, enum kv_dtype as);
 int store_entry_decode(const struct store_entry *en, enum kv_dtype as, uint32_t i,
                        const struct store_sink *to, struct larder_err *e);

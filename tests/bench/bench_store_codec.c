@@ -102,13 +102,14 @@ static void load(struct bench *b, const char *dir, const char *name)
     for (uint32_t i = 0; i < heads; i++) {
         uint64_t n = 2ull * in->rows[i] * d;
 
-        t[i] = (struct store_target){.k = (uintptr_t)b->raw + at, .v = (uintptr_t)b->raw + at + n};
+        t[i] = (struct store_target){.k = at, .v = at + n};
         note_tile(b, at, n, d);
         note_tile(b, at + n, n, d);
         at += 2 * n;
     }
     for (uint32_t i = 0; i < store_entry_n_extents(en, KV_BF16); i++)
-        if (store_entry_decode(en, KV_BF16, i, &(struct store_sink){store_to_memory, NULL, t}, &e))
+        if (store_entry_decode(en, KV_BF16, i, &(struct store_sink){.base = b->raw, .target = t},
+                               &e))
             die(e.msg);
     mem_free(t);
     store_entry_close(en);
@@ -158,12 +159,13 @@ static void decode(struct bench *b, enum subject who)
         struct coded *c = &b->coded[who][i];
         uint8_t *dst = b->dst + (uint64_t)i * EXTENT_RAW_MAX;
         uint32_t len = extent_len(b, i);
+        struct codec_piece to = {dst, len};
 
         if (who == S_MEMCPY)
             memcpy(dst, c->bytes, len);
         else if (who == S_ZSTD3)
             ZSTD_decompress(dst, len, c->bytes, c->len);
-        else if (codec_decode(b->codec, c->kind, c->bytes, c->len, len, c->hash, dst, NULL))
+        else if (codec_decode(b->codec, c->kind, c->bytes, c->len, len, c->hash, &to, NULL))
             die("an extent does not decode");
     }
 }

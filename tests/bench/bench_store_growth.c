@@ -79,9 +79,9 @@ static int by_prefix(struct growth *g, uint32_t i, struct larder_err *e)
 
 static int fetch(struct growth *g, uint32_t i, struct larder_err *e)
 {
-    uint8_t k[MAX_HEAD_BYTES], v[MAX_HEAD_BYTES];
-    struct store_target at = {(uintptr_t)k, (uintptr_t)v, 0};
-    struct store_sink to = {store_to_memory, NULL, &at};
+    uint8_t rows[2 * MAX_HEAD_BYTES];
+    struct store_target at = {0, MAX_HEAD_BYTES, 0};
+    struct store_sink to = {.base = rows, .target = &at};
     struct store_entry *en = NULL;
     int rc = store_entry_open(g->s, g->key[i], &en, e);
 

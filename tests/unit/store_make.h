@@ -165,20 +165,23 @@ static inline int synthetic_compare_rows(struct store_entry *en, const struct sy
                                          enum kv_dtype as, struct larder_err *e)
 {
     struct store_target t[LAYERS * HEADS];
-    struct store_sink to = {store_to_memory, NULL, t};
-    void *k[LAYERS * HEADS], *v[LAYERS * HEADS], *bias[LAYERS * HEADS];
+    struct store_sink to = {.target = t};
     uint32_t d = y->geom.head_dim;
+    uint64_t at = 0;
     int rc = 0;
 
+    /* Heads of odd layers one after the other, so that extents are decoded in place, others apart. */
     for (int i = 0; i < LAYERS * HEADS; i++) {
         uint32_t n = y->rows[i / HEADS][i % HEADS];
+        uint64_t gap = i / HEADS % 2 ? 0 : 64;
 
-        k[i] = must(mem_zalloc(tile_bytes_k(as, n, d), 1));
-        v[i] = must(mem_zalloc(tile_bytes_v(as, n, d), 1));
-        bias[i] = must(mem_zalloc(n, 4));
-        memset(bias[i], 0xff, 4ull * n);
-        t[i] = (struct store_target){(uintptr_t)k[i], (uintptr_t)v[i], (uintptr_t)bias[i]};
+        t[i].k = at;
+        t[i].v = t[i].k + tile_bytes_k(as, n, d) + gap;
+        t[i].bias = t[i].v + tile_bytes_v(as, n, d) + gap;
+        at = t[i].bias + (y->has_bias ? 4ull * n : 0) + gap;
     }
+    to.base = must(mem_alloc(at, 1));
+    memset(to.base, 0xff, at);
     for (uint32_t i = 0; !rc && i < store_entry_n_extents(en, as); i++)
         rc = store_entry_decode(en, as, i, &to, e);
     for (int i = 0; i < LAYERS * HEADS; i++) {
@@ -189,17 +192,15 @@ static inline int synthetic_compare_rows(struct store_entry *en, const struct sy
             bool wide = as != y->precision || as == KV_BF16;
 
             assert_int_equal(store_entry_info(en)->rows[i], n);
-            assert_memory_equal(k[i], wide ? (void *)y->want_k[l][h] : y->k[l][h],
+            assert_memory_equal(to.base + t[i].k, wide ? (void *)y->want_k[l][h] : y->k[l][h],
                                 tile_bytes_k(as, n, d));
-            assert_memory_equal(v[i], wide ? (void *)y->want_v[l][h] : y->v[l][h],
+            assert_memory_equal(to.base + t[i].v, wide ? (void *)y->want_v[l][h] : y->v[l][h],
                                 tile_bytes_v(as, n, d));
             if (y->has_bias)
-                assert_memory_equal(bias[i], y->bias[l][h], 4ull * n);
+                assert_memory_equal(to.base + t[i].bias, y->bias[l][h], 4ull * n);
         }
-        mem_free(k[i]);
-        mem_free(v[i]);
-        mem_free(bias[i]);
     }
+    mem_free(to.base);
     return rc;
 }
 

@@ -279,29 +279,33 @@ static void a_filled_file_is_cut_and_sealed(void **state)
     close(fd);
 }
 
-static void a_blank_file_is_written_in_any_order(void **state)
+/* Served: sealed while its maker's mapping is still there, and after. */
+static void a_served_file_takes_no_new_writer(void **state)
 {
     const void *map = NULL;
+    void *rw = NULL;
     struct stat st;
     int fd = -1;
 
     (void)state;
-    assert_int_equal(memfile_blank("t", 4 * 4096, &fd, NULL), 0);
+    assert_int_equal(memfile_new("t", 4 * 4096, 0, &fd, &rw, NULL), 0);
+    assert_int_equal(memfile_populate(rw, 5000, 4096, NULL), 0);
     assert_int_equal(fstat(fd, &st), 0);
-    assert_int_equal(st.st_size, 4 * 4096);
-    assert_true(st.st_blocks >= 4 * 8); /* its pages are there */
-    assert_int_equal(memfile_write(fd, 4095, "xy", 2, NULL), 0);
+    assert_int_equal(st.st_blocks, 2 * 8); /* the pages that it lies in */
+    assert_int_equal(memfile_populate(rw, 0, 0, NULL), 0);
+    memcpy((char *)rw + 4095, "xy", 2);
     assert_int_equal(memfile_cut(fd, 2 * 4096, NULL), 0);
-    assert_int_equal(memfile_write(fd, 0, "a", 1, NULL), 0);
-    assert_int_equal(memfile_seal(fd, NULL, 2 * 4096, 2 * 4096, NULL), 0);
-    assert_int_equal(memfile_map(fd, 2 * 4096, 1 << 20, &map, NULL, NULL), 0);
-    assert_memory_equal(map, "a\0", 2);
+    assert_int_equal(memfile_seal_mapped(fd, NULL), 0);
+    assert_int_equal(memfile_populate(rw, 0, 4 * 4096, NULL), LARDER_EIO); /* cut off */
+    assert_int_equal(memfile_map(fd, 2 * 4096, 1 << 20, &map, NULL, NULL), LARDER_EPROTO);
+    assert_int_equal(memfile_map_served(fd, 2 * 4096, 1 << 20, &map, NULL, NULL), 0);
+    assert_int_equal(pwrite(fd, "J", 1, 0), -1);
+    assert_int_equal(ftruncate(fd, 1), -1);
+    assert_ptr_equal(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0), MAP_FAILED);
+    memfile_unmap(rw, 4 * 4096);
     assert_memory_equal((const char *)map + 4094, "\0xy\0", 4);
     memfile_unmap(map, 2 * 4096);
-    assert_int_not_equal(memfile_write(fd, 0, "b", 1, NULL), 0);
     close(fd);
-    assert_int_equal(memfile_blank("t", 0, &fd, NULL), LARDER_EINVAL);
-    assert_int_equal(memfile_blank("t", UINT64_MAX, &fd, NULL), LARDER_EINVAL);
 }
 
 static void a_wrong_size_is_refused(void **state)
@@ -349,6 +353,8 @@ static void a_missing_seal_is_refused(void **state)
     assert_int_equal(
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL), 0);
     assert_int_equal(memfile_map(fd, 5, 5, &map, NULL, NULL), LARDER_EPROTO);
+    assert_int_equal(memfile_map_served(fd, 5, 5, &map, NULL, NULL), 0);
+    memfile_unmap(map, 5);
     close(fd);
 }
 
@@ -391,7 +397,7 @@ int main(void)
         cmocka_unit_test(a_memory_file_is_sealed_private_and_readable),
         cmocka_unit_test(an_empty_memory_file_maps_to_nothing),
         cmocka_unit_test(a_filled_file_is_cut_and_sealed),
-        cmocka_unit_test(a_blank_file_is_written_in_any_order),
+        cmocka_unit_test(a_served_file_takes_no_new_writer),
         cmocka_unit_test(a_wrong_size_is_refused),
         cmocka_unit_test(a_missing_seal_is_refused),
         cmocka_unit_test(other_kinds_of_descriptor_are_refused),
