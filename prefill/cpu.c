@@ -486,7 +486,21 @@ static void cpu_close(struct backend *backend)
     cpu_gemm_close(b);
     mem_free(b->rope_pos);
     mem_free(b->rope);
+    mem_free(b->scratch);
     mem_free(b);
+}
+
+float *cpu_scratch(struct cpu_backend *b, uint64_t n, struct larder_err *e)
+{
+    if (n > b->n_scratch) {
+        mem_free(b->scratch);
+        b->scratch = mem_aligned(n, sizeof *b->scratch);
+        b->n_scratch = b->scratch ? n : 0;
+    }
+    if (!b->scratch)
+        larder_fail(e, LARDER_ENOMEM, "no memory for %llu bytes of scratch",
+                    (unsigned long long)n * sizeof *b->scratch);
+    return b->scratch;
 }
 
 static uint32_t thread_count(uint32_t asked)

@@ -10,6 +10,7 @@
 #include <dnnl.h>
 
 #include "mul.h"
+#include "packed.h"
 #include "pool.h"
 #include "ref.h"
 
@@ -43,13 +44,18 @@ struct cpu_backend {
     const struct rope *rope_of; /* the angles are those of this table, */
     uint32_t *rope_pos;         /* for these positions */
     uint32_t n_rope, cap_rope;
-    float *rope; /* [n_rope][2][rope_dims / 2]: cos, sin */
+    float *rope;    /* [n_rope][2][rope_dims / 2]: cos, sin */
+    float *scratch; /* cpu_scratch() */
+    uint64_t n_scratch;
 };
 
 static inline struct cpu_backend *cpu_of(struct backend *b)
 {
     return (struct cpu_backend *)b;
 }
+
+/* n floats for the duration of a call, kept from call to call; NULL: LARDER_ENOMEM. */
+float *cpu_scratch(struct cpu_backend *b, uint64_t n, struct larder_err *e);
 
 /* ---- cpu_gemm.c */
 int cpu_gemm_open(struct cpu_backend *b, struct larder_err *e);
@@ -153,6 +159,14 @@ void cpu_swiglu_bf16(const float *row, uint32_t n_ff, uint16_t *out);
 /* x[i] = exp(x[i] - max), sum returned; x[i] for i >= n are set to 0 up to `wide`. */
 float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max);
 float cpu_max(const float *x, uint32_t n);
+/* Attention of a row so far, relative to the largest logit so far. */
+struct cpu_running {
+    float *max, *sum; /* -INFINITY and 0 at first */
+    float *o;         /* [pad], scaled with them */
+    uint32_t pad;
+};
+/* x[n], the next logits, become weights; those before `from` and from `to` on are not seen. */
+void cpu_soften(float *x, uint32_t n, uint32_t from, uint32_t to, const struct cpu_running *r);
 
 /* ---- cpu_attend_avx512bf16.c: causal attention in bf16 (needs AVX-512-BF16) */
 #define CPU_ATTEND_Q 48u  /* query rows of an item */
@@ -176,25 +190,29 @@ struct cpu_attend_item {
 void cpu_attend_rows(const struct cpu_attend_item *x);
 
 /* ---- cpu_attend.c: many rows, in f32 whatever the element type */
-#define CPU_MANY_ROWS 16u   /* from here on gathering the keys pays ... */
-#define CPU_MANY_PACKED 24u /* ... and expanding packed ones */
+#define CPU_MANY_ROWS 256u /* from here on gathering the keys pays */
 int cpu_attend_f32(struct backend *b, const struct attend *a, struct larder_err *e);
 int cpu_resume_many(struct backend *b, const struct resume *r, struct larder_err *e);
 
-/* ---- cpu_packed.c: a few rows on int8 and int4 tiles of one KV head */
-/* Floats of scratch for either call. */
-uint64_t cpu_packed_floats(uint32_t d, uint32_t rows);
-/* logit[i * ld + j] = q[i] . key j, for q [rows][d] and all rows j of past. */
-void cpu_packed_logits(const struct past_rows *past, uint32_t d, const float *q, uint32_t rows,
-                       float *logit, uint64_t ld, float *scratch);
-/* o[i][d] += sum over j of prob[i * ld + j] * value j. */
-void cpu_packed_values(const struct past_rows *past, uint32_t d, const float *prob, uint32_t rows,
-                       uint64_t ld, float *o, float *scratch);
+/* ---- cpu_packed.c: rows of int8 and int4 tiles as f32; those after the exact ones */
+struct packed_rows {
+    enum kv_dtype t;
+    const uint8_t *tile;
+    struct packed_parts parts;
+    uint32_t d;
+};
+/* n keys from packed row `row` (a multiple of PACKED_GROUP) on, in panels: [n / 16][d][16];
+ * what fills the last of them up is finite. */
+void cpu_packed_keys(const struct packed_rows *p, uint32_t row, uint32_t n, float *panel);
+/* n values, [n][d padded to 16]; what is beyond d is not written. */
+void cpu_packed_values(const struct packed_rows *p, uint32_t row, uint32_t n, float *out);
 
-/* ---- cpu_score.c: window mass, resumed rows, single dot products */
+/* ---- cpu_score.c: window mass, single dot products */
 /* rows[at .. at + n) · x, rows of the given type. */
 float cpu_dot(const void *rows, enum kv_dtype t, uint64_t at, const float *x, uint32_t n);
 int cpu_window(struct backend *b, const struct window_mass *x, struct larder_err *e);
+
+/* ---- cpu_resume.c: new rows on stored ones, by the kernel that suits their number */
 int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e);
 
 #endif

@@ -51,23 +51,15 @@ static void load_queries(const struct attention *a, uint32_t h, uint32_t row, st
 static void soften(struct block *k, uint32_t i, const struct ref_keys *g, uint32_t at, uint32_t n,
                    uint32_t pad, uint32_t from)
 {
-    float *x = k->logit + (uint64_t)i * KEYS, *o = k->o + (uint64_t)i * pad;
-    uint32_t to = k->first + i > at ? k->first + i - at : 0, seen;
-    float max, keep;
+    float *x = k->logit + (uint64_t)i * KEYS;
+    uint32_t to = k->first + i > at ? k->first + i - at : 0;
 
     to = to < n ? to : n;
     from = from > at ? from - at : 0;
-    from = from < to ? from : to;
-    seen = to - from;
     for (uint32_t j = at + from; g->bias && j < g->n_past && j < at + to; j++)
         x[j - at] += g->bias[j];
-    max = seen ? fmaxf(k->max[i], cpu_max(x + from, seen)) : k->max[i];
-    keep = seen && k->sum[i] > 0 ? expf(k->max[i] - max) : 1;
-    k->sum[i] = k->sum[i] * keep + cpu_softmax_exp(x + from, seen, n - from, max);
-    memset(x, 0, from * sizeof *x);
-    k->max[i] = max;
-    for (uint32_t c = 0; c < pad && keep != 1; c++)
-        o[c] *= keep;
+    cpu_soften(x, n, from, to,
+               &(struct cpu_running){&k->max[i], &k->sum[i], k->o + (uint64_t)i * pad, pad});
 }
 
 /* Keys at .. at + n, at a multiple of 16. */

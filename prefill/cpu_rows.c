@@ -180,3 +180,20 @@ FAST float cpu_softmax_exp(float *x, uint32_t n, uint32_t wide, float max)
     memset(x + n, 0, (wide - n) * sizeof *x);
     return sum;
 }
+
+void cpu_soften(float *x, uint32_t n, uint32_t from, uint32_t to, const struct cpu_running *r)
+{
+    float before = *r->max, keep = 1;
+
+    if (from >= to) {
+        memset(x, 0, n * sizeof *x);
+        return;
+    }
+    *r->max = fmaxf(before, cpu_max(x + from, to - from));
+    if (*r->sum > 0)
+        keep = expf(before - *r->max);
+    *r->sum = *r->sum * keep + cpu_softmax_exp(x + from, to - from, n - from, *r->max);
+    memset(x, 0, from * sizeof *x);
+    for (uint32_t c = 0; c < r->pad && keep != 1; c++)
+        r->o[c] *= keep;
+}

@@ -1,6 +1,6 @@
-/* cpu_score.c - window mass, and new rows on stored ones.
+/* cpu_score.c - window mass, and single dot products.
  *
- * The one idea: both are few query rows against many keys, bound by reading the keys:
+ * The one idea: few query rows against many keys are bound by reading the keys:
  * each key row is widened to f32 once and met by all query rows of its group. Sums run
  * over 16 fixed lanes, so every instruction set and thread count agrees. */
 #include <math.h>
@@ -11,7 +11,6 @@
 #include "half.h"
 #include "lanes.h"
 #include "mem.h"
-#include "packed.h"
 
 #define BODY static inline __attribute__((always_inline, optimize("O3", "fp-contract=off")))
 
@@ -143,127 +142,5 @@ int cpu_window(struct backend *b, const struct window_mass *x, struct larder_err
         return larder_fail(e, LARDER_ENOMEM, "no memory for window scores of %u tokens", x->n);
     pool_for(cpu_of(b)->pool, b->p->geom.n_heads, window_item, &s);
     mem_free(s.scratch);
-    return 0;
-}
-
-/* ---- resumed rows */
-
-struct resumed {
-    struct backend *b;
-    const struct resume *r;
-    float *scratch;
-    uint64_t per_worker, max_keys;
-};
-
-/* logits[rows][max_keys] of all query rows of the group against one run of keys. */
-static void logits_of(const struct resumed *x, const void *k, enum kv_dtype t, uint64_t at,
-                      uint32_t n_keys, const float *q, uint32_t rows, uint32_t first, float *logit,
-                      float *buf)
-{
-    uint32_t d = x->b->p->geom.head_dim;
-
-    for (uint32_t j = 0; j < n_keys; j++) {
-        const float *kj = widen(k, t, at + (uint64_t)j * d, d, buf);
-
-        for (uint32_t i = 0; i < rows; i++)
-            logit[i * x->max_keys + first + j] = dot(q + (uint64_t)i * d, kj, d);
-    }
-}
-
-static void values_of(const struct resumed *x, const void *v, enum kv_dtype t, uint64_t at,
-                      uint32_t n_keys, const float *p, uint32_t rows, uint32_t first, float *o,
-                      float *buf)
-{
-    uint32_t d = x->b->p->geom.head_dim;
-
-    for (uint32_t j = 0; j < n_keys; j++) {
-        const float *vj = widen(v, t, at + (uint64_t)j * d, d, buf);
-
-        for (uint32_t i = 0; i < rows; i++)
-            axpy(p[i * x->max_keys + first + j], vj, d, o + (uint64_t)i * d);
-    }
-}
-
-/* Probabilities of row i (of the group: query head i / n_new, new row i % n_new). */
-static void soften(const struct resumed *x, uint32_t i, const struct past_rows *past, float *l)
-{
-    const struct resume *r = x->r;
-    uint32_t end = past->n_rows + r->n_tail - r->n_new + i % r->n_new + 1;
-    uint32_t all = past->n_rows + r->n_tail;
-    const struct ref_keys keys = {.n_past = past->n_rows, .position = past->position};
-    uint32_t from = ref_sees_from(&(struct ref_sight){r->sliding, r->pos0}, &keys, end - 1);
-    uint32_t seen = end - from;
-    float sum;
-
-    for (uint32_t j = 0; past->bias && j < past->n_rows; j++)
-        l[j] += past->bias[j];
-    sum = cpu_softmax_exp(l + from, seen, all - from, cpu_max(l + from, seen));
-    for (uint32_t j = from; j < end; j++)
-        l[j] /= sum;
-    memset(l, 0, from * sizeof *l);
-}
-
-/* One KV head with all query rows of its group. */
-static void resume_item(void *arg, uint32_t g, uint32_t worker)
-{
-    const struct resumed *x = arg;
-    const struct resume *r = x->r;
-    const struct kv_geom *geom = &x->b->p->geom;
-    const struct past_rows *past = &r->past[g];
-    uint32_t d = geom->head_dim, group = geom->n_heads / geom->n_kv_heads, rows = group * r->n_new;
-    float *q = x->scratch + worker * x->per_worker, *o = q + (uint64_t)rows * d;
-    float *l = o + (uint64_t)rows * d, *buf = l + rows * x->max_keys;
-    float scale = (float)(1 / sqrt(d));
-    uint64_t tail = (uint64_t)g * r->stride * d;
-
-    for (uint32_t i = 0; i < rows; i++) {
-        uint64_t at = ((uint64_t)(g * group + i / r->n_new) * r->q_stride + i % r->n_new) * d;
-        const float *from = widen(r->q, x->b->elem, at, d, buf);
-
-        for (uint32_t c = 0; c < d; c++)
-            q[(uint64_t)i * d + c] = from[c] * scale;
-    }
-    if (packed_type(past->dtype))
-        cpu_packed_logits(past, d, q, rows, l, x->max_keys, buf);
-    else
-        logits_of(x, past->k, past->dtype, 0, past->n_rows, q, rows, 0, l, buf);
-    logits_of(x, r->k, x->b->elem, tail, r->n_tail, q, rows, past->n_rows, l, buf);
-    memset(o, 0, (uint64_t)rows * d * sizeof *o);
-    for (uint32_t i = 0; i < rows; i++)
-        soften(x, i, past, l + i * x->max_keys);
-    if (packed_type(past->dtype))
-        cpu_packed_values(past, d, l, rows, x->max_keys, o, buf);
-    else
-        values_of(x, past->v, past->dtype, 0, past->n_rows, l, rows, 0, o, buf);
-    values_of(x, r->v, x->b->elem, tail, r->n_tail, l, rows, past->n_rows, o, buf);
-    for (uint32_t i = 0; i < rows; i++) {
-        uint64_t to = ((uint64_t)(i % r->n_new) * geom->n_heads + g * group + i / r->n_new) * d;
-
-        if (x->b->elem == KV_BF16)
-            cpu_to_bf16(o + (uint64_t)i * d, d, (uint16_t *)r->o + to);
-        else
-            memcpy((float *)r->o + to, o + (uint64_t)i * d, d * sizeof *o);
-    }
-}
-
-int cpu_resume(struct backend *b, const struct resume *r, struct larder_err *e)
-{
-    const struct kv_geom *geom = &b->p->geom;
-    uint32_t rows = geom->n_heads / geom->n_kv_heads * r->n_new;
-    struct resumed x = {.b = b, .r = r};
-
-    if (r->n_new >= (packed_type(r->past->dtype) ? CPU_MANY_PACKED : CPU_MANY_ROWS))
-        return cpu_resume_many(b, r, e);
-    for (uint32_t g = 0; g < geom->n_kv_heads; g++)
-        x.max_keys = r->past[g].n_rows > x.max_keys ? r->past[g].n_rows : x.max_keys;
-    x.max_keys += r->n_tail;
-    x.per_worker = 2ull * rows * geom->head_dim + rows * x.max_keys + /* q, o, l, buf */
-                   cpu_packed_floats(geom->head_dim, rows);
-    x.scratch = mem_aligned(x.per_worker * b->n_threads, sizeof *x.scratch);
-    if (!x.scratch)
-        return larder_fail(e, LARDER_ENOMEM, "no memory to attend to %llu rows",
-                           (unsigned long long)x.max_keys);
-    pool_for(cpu_of(b)->pool, geom->n_kv_heads, resume_item, &x);
-    mem_free(x.scratch);
     return 0;
 }
