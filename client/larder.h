@@ -194,7 +194,8 @@ struct larder_lease {
     struct larder_entry entry;
 };
 
-/* Map the image of an entry, ready for use: seals, size and larder_image_check() have passed.
+/* Map the image of an entry, ready for use: seals, size, and every offset and count are checked;
+ * what the arrays hold, the daemon has verified (larder_image_check() does it again).
  * LARDER_ENOTFOUND: the message says why; LARDER_EDAMAGED: the entry fails verification. */
 LARDER_API int larder_fetch(struct larder *c, const char *ref, int timeout_ms,
                             struct larder_lease *ret, struct larder_err *e);
@@ -211,8 +212,9 @@ LARDER_API int larder_fetch_with(struct larder *c, const char *ref,
                                  const struct larder_fetch_options *o, int timeout_ms,
                                  struct larder_lease *ret, struct larder_err *e);
 
-/* Unmap the image, close its descriptor and tell the daemon. `c` may be NULL (closed meanwhile):
- * then the daemon is not told. The lease is released whatever the result. Accepts a NULL lease. */
+/* Unmap the image, close its descriptor and tell the daemon, without waiting for an answer. `c` may
+ * be NULL (closed meanwhile): then the daemon is not told. The lease is released whatever the
+ * result. Accepts a NULL lease. */
 LARDER_API int larder_release(struct larder *c, struct larder_lease *lease, int timeout_ms,
                               struct larder_err *e);
 

@@ -37,6 +37,9 @@ int larder_ask_json(struct larder *c, const struct larder_request *q, json_t **r
 int larder_ask_plain(struct larder *c, enum frame_type type, json_t *body, int timeout_ms,
                      json_t **ret, struct larder_err *e);
 
+/* Tell the daemon that a lease is over; there is no answer where the daemon can do without. */
+int larder_let_go(struct larder *c, uint64_t lease, int timeout_ms, struct larder_err *e);
+
 /* Mark the connection broken for the reason in `e` and return its code. */
 int larder_break(struct larder *c, struct larder_err *e);
 

@@ -104,6 +104,8 @@ struct request {
 /* Answer and end the request; both take `body`. fd stays the caller's. */
 void request_ok(struct request *r, json_t *body, int fd);
 void request_fail(struct request *r, const struct larder_err *e);
+/* End it without an answer. */
+void request_end(struct request *r);
 /* An EVENT before the answer. */
 void request_event(struct request *r, json_t *body);
 bool request_may_use(const struct request *r, const char *ns);

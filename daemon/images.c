@@ -265,13 +265,19 @@ static int fill_rest(struct fill *f, struct larder_err *e)
     return rc;
 }
 
-/* By the last reader to leave. */
+/* By the last reader to leave: all that clients rely on is looked at once. */
 static void seal(struct fill *f)
 {
     struct image_files *files = f->d->images->files;
+    struct larder_image im;
     struct larder_err e;
-    int rc = atomic_load(&f->rc) ? 0 : image_files_seal(files, &f->file, &e);
+    int rc = 0;
 
+    if (!atomic_load(&f->rc)) {
+        rc = larder_image_check(f->file.map, f->plan->n_bytes, &im, &e);
+        if (!rc)
+            rc = image_files_seal(files, &f->file, &e);
+    }
     if (rc)
         fill_fail(f, rc, &e);
     if (atomic_load(&f->rc))

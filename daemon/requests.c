@@ -161,8 +161,9 @@ static void handle_hello(struct request *r)
         return;
     }
     request_ok(r,
-               json_pack("{ss si sb}", "server", "larderd " LARDER_VERSION, "protocol",
-                         (int)FRAME_VERSION, "namespaces_restricted", r->d->conf.n_ns > 0),
+               json_pack("{ss si sb sb}", "server", "larderd " LARDER_VERSION, "protocol",
+                         (int)FRAME_VERSION, "namespaces_restricted", r->d->conf.n_ns > 0,
+                         "quiet_release", 1),
                -1);
 }
 
@@ -218,13 +219,18 @@ static void handle_release(struct request *r)
 {
     struct larder_err e;
     uint64_t lease = 0;
+    bool quiet = false;
     int rc = field_u64(r->body, "lease", FIELD_REQUIRED, UINT64_MAX >> 11, &lease, &e);
 
+    if (!rc)
+        rc = field_bool(r->body, "quiet", FIELD_OPTIONAL, &quiet, &e);
     if (!rc && client_release(r->client, lease))
         rc = larder_fail(&e, LARDER_ENOTFOUND, "no lease %llu on this connection",
                          (unsigned long long)lease);
     if (rc)
         request_fail(r, &e);
+    else if (quiet)
+        request_end(r);
     else
         request_ok(r, NULL, -1);
 }
@@ -588,7 +594,7 @@ static const struct {
     {FRAME_JOBS, handle_jobs, no_fields},
     {FRAME_LOOKUP, handle_lookup, FIELDS(REF, "source", "bytes", "model", "policy", "namespace")},
     {FRAME_FETCH, handle_fetch, FIELDS(REF, "rows")},
-    {FRAME_RELEASE, handle_release, FIELDS("lease")},
+    {FRAME_RELEASE, handle_release, FIELDS("lease", "quiet")},
     {FRAME_LS, handle_ls, FIELDS("namespace", "prefix", "after", "limit")},
     {FRAME_SHOW, handle_show, FIELDS(REF, "text", "tokens")},
     {FRAME_RM, handle_change, FIELDS(REF)},

@@ -162,6 +162,13 @@ static void answer(struct request *r, enum frame_type type, json_t *body, int fd
     request_free(r);
 }
 
+void request_end(struct request *r)
+{
+    if (r->client)
+        unlink_request(r);
+    request_free(r);
+}
+
 void request_ok(struct request *r, json_t *body, int fd)
 {
     answer(r, FRAME_OK, body, fd);

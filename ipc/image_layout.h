@@ -1,4 +1,4 @@
-/* image_layout.h - the one legal layout of a cache image (IMAGE.md), private to ipc/.
+/* image_layout.h - the one legal layout of a cache image (IMAGE.md), private to the project.
  *
  * Purpose    Both the side that fills an image and the check walk the same cursor, so
  *            an image's offsets follow from its counts and nothing else is accepted.
@@ -40,6 +40,11 @@ struct image_front {
 
 /* An array of count * size bytes at the next multiple of `align`; returns its offset. */
 uint64_t image_take(struct image_cursor *c, uint64_t align, uint64_t count, uint64_t size);
+
+/* larder_image_check() without a look at token ids, positions and biases: for images whose maker
+ * has made it. Every offset and count is checked, so nothing lies outside. */
+int image_check_layout(const void *mapping, uint64_t n_bytes, struct larder_image *ret,
+                       struct larder_err *e);
 
 /* What stands before the arrays per head; starts the cursor. */
 struct image_front image_take_front(struct image_cursor *c, const struct kv_geom *g, uint32_t n_ctx,

@@ -127,6 +127,7 @@ assert same["dtype"] == 1 and same["n_bytes"] == show["image_bytes"]
 PY
 }
 claim "packed and expanded images hold what a second reader of FORMAT.md finds" packed_image
+claim "a release can do without an answer" python3 tests/e2e/leases.py "$LARDER_SOCKET" a700
 claim "verify finds every byte of both good" larder verify
 
 stops() { stop_daemon TERM; [ ! -e "$dir/d/larder.sock" ]; }

@@ -49,7 +49,7 @@ static inline void fake_send(int sock, int type, uint32_t seq, const char *json,
     mem_free(packet);
 }
 
-static inline void fake_serve(int listener, fake_script *script)
+static inline void fake_serve(int listener, fake_script *script, const char *abilities)
 {
     for (;;) {
         int sock = accept(listener, NULL, NULL);
@@ -59,15 +59,20 @@ static inline void fake_serve(int listener, fake_script *script)
         if (sock < 0)
             _exit(2);
         if (fake_next(sock, &f, &fd)) {
-            fake_send(sock, FRAME_OK, f.seq,
-                      "{\"server\":\"fake\",\"protocol\":1,\"namespaces_restricted\":false}", -1);
+            char hello[256];
+
+            snprintf(hello, sizeof hello,
+                     "{\"server\":\"fake\",\"protocol\":1,\"namespaces_restricted\":false%s}",
+                     abilities);
+            fake_send(sock, FRAME_OK, f.seq, hello, -1);
             script(sock);
         }
         close(sock);
     }
 }
 
-static inline struct fake fake_start(fake_script *script)
+/* `abilities`: fields of its answer to HELLO, each with a comma before it. */
+static inline struct fake fake_start_saying(fake_script *script, const char *abilities)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     struct fake d = {.dir = test_mkdir()};
@@ -81,10 +86,15 @@ static inline struct fake fake_start(fake_script *script)
     assert_true(d.pid >= 0);
     if (!d.pid) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
-        fake_serve(s, script);
+        fake_serve(s, script, abilities);
     }
     close(s);
     return d;
+}
+
+static inline struct fake fake_start(fake_script *script)
+{
+    return fake_start_saying(script, "");
 }
 
 static inline void fake_stop(struct fake *d)
