@@ -162,6 +162,50 @@ static void every_type_at_every_size(void **state)
                                       0});
 }
 
+/* Where the processor multiplies bf16, new rows and outputs are bf16. Attention is f32 all the same,
+ * so a backend that is told so serves for it here. */
+static void new_rows_in_bf16(void **state)
+{
+    enum { NEW = 5, TAIL = 9, QS = FAKE_HEADS * STRIDE * D, KS = FAKE_KV_HEADS * STRIDE * D };
+    const struct setup s = {{300, 77}, NEW, TAIL, KV_INT4, true, 0};
+    static uint16_t q[QS], k[KS], v[KS], got[NEW * FAKE_HEADS * D];
+    struct backend_opts o = {.dtype = KV_F32, .n_threads = 2};
+    struct model m = fake_model();
+    struct backend *b = NULL;
+    struct rows r;
+    float *want;
+
+    (void)state;
+    make_rows(&s, &r);
+    for (int i = 0; i < QS; i++)
+        r.q[i] = bf16_to_f32(q[i] = f32_to_bf16(r.q[i]));
+    for (int i = 0; i < KS; i++) {
+        r.k[i] = bf16_to_f32(k[i] = f32_to_bf16(r.k[i]));
+        r.v[i] = bf16_to_f32(v[i] = f32_to_bf16(r.v[i]));
+    }
+    want = attended("ref", 1, &s, &r);
+    assert_int_equal(backend_find("cpu")->open(&b, &m, &o, NULL), 0);
+    b->elem = KV_BF16;
+    assert_int_equal(b->ops->resume(b,
+                                    &(struct resume){.q = q,
+                                                     .k = k,
+                                                     .v = v,
+                                                     .n_new = NEW,
+                                                     .n_tail = TAIL,
+                                                     .q_stride = STRIDE,
+                                                     .stride = STRIDE,
+                                                     .past = r.past,
+                                                     .o = got},
+                                    NULL),
+                     0);
+    b->ops->close(b);
+    for (int i = 0; i < NEW * FAKE_HEADS * D; i++)
+        if (!(fabsf(bf16_to_f32(got[i]) - want[i]) <= fabsf(want[i]) / 256 + 2e-5f))
+            fail_msg("%g, not %g", bf16_to_f32(got[i]), want[i]);
+    free(want);
+    drop_rows(&r);
+}
+
 /* More chunks than the smallest, and more new rows than are taken at once. */
 static void long_pasts_and_long_questions(void **state)
 {
@@ -189,6 +233,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_type_at_every_size),
+        cmocka_unit_test(new_rows_in_bf16),
         cmocka_unit_test(long_pasts_and_long_questions),
         cmocka_unit_test(a_window_hides_what_is_far),
     };
