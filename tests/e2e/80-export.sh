@@ -249,8 +249,21 @@ not_found() { fails_with LARDER_ENOTFOUND larder show "$(cat "$dir/full.key")"; 
 claim "nobody finds it under the key of the computed one" not_found
 other() { same reason "$(larder explain-miss --file "$dir/doc" --policy full --json | field reason)" other_policy; }
 claim "nor as the answer to its policy" other
+finds() { # POLICY: the key that a look-up of the document's tokens gives
+    larder show full --tokens >"$dir/ids" && python3 -c 'import sys
+sys.path.insert(0, "tests/e2e")
+import hostile_import
+print(hostile_import.finds([int(i) for i in open(sys.argv[2]).read().split()], policy=sys.argv[3]))' \
+        "$LARDER_SOCKET" "$dir/ids" "$1"
+}
+passed_over() { same key "$(finds full)" None && same key "$(finds "$(larder show full --json | field policy)")" "$(larder show full --json | field key)"; }
+claim "a look-up for its policy passes it over, one for all of its policy does not" passed_over
+asked() { fails_with LARDER_EPOLICY larder put "$dir/doc" --name x --wait --policy "$(larder show full --json | field policy)"; }
+claim "a put cannot ask for what is imported" asked
 computed() { larder put "$dir/doc" --name full2 --policy full --wait --json | field result >"$dir/r" && same result "$(cat "$dir/r")" stored; }
 claim "a put of the same document computes" computed
+itself() { same key "$(finds full)" "$(cat "$dir/full.key")"; }
+claim "and a look-up finds what was computed" itself
 taken() { fails_with LARDER_EINVAL larder import "$dir/asl.st" --name full2 && larder show full2 --json | field policy | grep -qx full; }
 claim "an import does not take another entry's name" taken
 twice() {
