@@ -62,6 +62,17 @@ static inline uint32_t model_sliding(const struct model_params *p, uint32_t laye
     return p->sliding ? p->sliding[layer] : 0;
 }
 
+/* The least of them; 0: no layer slides. */
+static inline uint32_t model_narrowest(const struct model_params *p)
+{
+    uint32_t least = 0;
+
+    for (uint32_t l = 0; l < p->geom.n_layers; l++)
+        if (model_sliding(p, l) && (!least || model_sliding(p, l) < least))
+            least = model_sliding(p, l);
+    return least;
+}
+
 /* One per layer. Matrices are [n_out][n_in], row-major; MODEL_Q and MODEL_K rows come
  * in rotate-half (Hugging Face) order whatever the file's order is. */
 enum model_weight {
