@@ -217,6 +217,17 @@ claim "a row that is not finite is refused" refused row LARDER_ENUMERIC
 undamaged() { python3 "$dir/damage.py" none "$dir/asl.st" "$dir/good.st" && larder import "$dir/good.st" && larder rm asl; }
 claim "the same file without damage is not" undamaged
 
+hollow() { # an entry of which a layer keeps nothing
+    python3 -c 'import sys
+sys.path.insert(0, "tests/e2e")
+import hostile_import as h
+h.write(sys.argv[2], *h.Entry(name="hollow", rows=(0, 0, 5, 2), bias=sys.argv[3] == "ragged").safetensors())' \
+        "$LARDER_SOCKET" "$dir/hollow.st" "$1" && larder import "$dir/hollow.st" 2>/dev/null &&
+        larder export hollow --format image -o "$dir/hollow.img" --force && larder export hollow --format hf-npz -o "$dir/hollow.npz" --force &&
+        /usr/bin/python3 "$dir/arrays.py" "$dir/hollow.npz" "$dir/hollow.img" ragged && larder rm hollow
+}
+claim "numpy reads an entry of which a layer keeps nothing" hollow ragged
+claim "and one of these without biases" hollow none
 comes_back() { # NAME
     larder import "$dir/$1.st" --json >"$dir/in" && same known "$(field model_known <"$dir/in")" True &&
         same imported "$(larder show "$1" --json | field imported)" True && larder show "$1" | grep -q "^imported" &&

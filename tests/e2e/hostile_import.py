@@ -38,8 +38,8 @@ def key_of(policy, ns, tokens):
 class Entry:
     """Body and image of an IMPORT, and the same as a safetensors file."""
 
-    def __init__(self, policy="full", tokens=(3, 1, 4, 1, 5), name="found", bias=True):
-        self.tokens, self.bias = tokens, bias
+    def __init__(self, policy="full", tokens=(3, 1, 4, 1, 5), name="found", bias=True, rows=ROWS):
+        self.tokens, self.bias, self.rows = tokens, bias, rows
         self.key = key_of(policy, "default", tokens)
         self.body = {"namespace": "default", "source_namespace": "default", "key": self.key.hex(),
                      "policy": policy, "model": "smollm2", "template": "plain",
@@ -64,13 +64,13 @@ class Entry:
         logits = self.take(64, struct.pack("<%df" % VOCAB, *range(VOCAB)))
         text = self.take(64, TEXT)
         small, large, table = [], [], b""
-        for n in ROWS:
+        for n in self.rows:
             small.append((self.take(64, struct.pack("<%dI" % n, *range(n))),
                           self.take(64, struct.pack("<%df" % n, *[0.5] * n)) if self.bias else 0))
-        for i, n in enumerate(ROWS):
+        for i, n in enumerate(self.rows):
             large.append([self.take(64 if i % KV or v else 4096, b"\x80\x3f" * (n * DIM))
                           for v in (0, 1)])
-        for n, (position, bias), (k, v) in zip(ROWS, small, large):
+        for n, (position, bias), (k, v) in zip(self.rows, small, large):
             table += struct.pack("<IIQQQQ", n, 0, k, v, position, bias)
         size = -(-self.at // 4096) * 4096
         out = bytearray(size)
@@ -100,8 +100,8 @@ class Entry:
                                                              self.parts[2])]
         for j, (what, dtype) in enumerate((("position", "U32"), ("bias", "F32"))[:n_small]):
             tensors += [(head[i] + what, dtype, [n], small[n_small * i + j])
-                        for i, n in enumerate(ROWS)]
-        for i, n in enumerate(ROWS):
+                        for i, n in enumerate(self.rows)]
+        for i, n in enumerate(self.rows):
             tensors += [(head[i] + what, "BF16", [n, DIM], large[2 * i + j])
                         for j, what in enumerate("kv")]
         header, data = {"__metadata__": meta}, b""
