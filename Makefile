@@ -76,7 +76,7 @@ LIBS_store   := -llmdb -lzstd -lxxhash -lm $(LIBS_base)
 LIBS_ipc     := -ljansson $(LIBS_base)
 LIBS_prefill := -ldnnl -lgomp -lutf8proc -ljansson -lm $(LIBS_base)
 LIBS_client  := -ljansson
-LIBS_cli     := $(LIBS_client) -lm $(LIBS_base)
+LIBS_cli     := $(LIBS_client) -lz -lm $(LIBS_base)
 LIBS_daemon  := -levent_core -lsystemd $(LIBS_store) $(LIBS_ipc)
 LIBS_tests   := -lcmocka
 

@@ -1,4 +1,4 @@
-/* cli_export.c - an entry as a file: its image, or its rows as tensors.
+/* cli_export.c - an entry as a file: its image, or its rows as tensors or arrays.
  *
  * The one idea: a file is written straight from the mapped image; only the header of a
  * safetensors file is made in memory. */
@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "cli_file.h"
+#include "cli_npz.h"
 #include "cli_safetensors.h"
 #include "mem.h"
 #include "sha256.h"
@@ -60,7 +61,8 @@ static int write_safetensors(const struct export *x, struct larder_err *e)
 static const struct {
     const char *name;
     int (*write)(const struct export *x, struct larder_err *e);
-} formats[] = {{"safetensors", write_safetensors}, {"image", write_image}};
+} formats[] = {
+    {"safetensors", write_safetensors}, {"hf-npz", cli_npz_write}, {"image", write_image}};
 
 static int show(struct cli *c, json_t **ret, struct larder_err *e)
 {
@@ -87,7 +89,7 @@ int cli_export(struct cli *c, struct larder_err *e)
     while (i < sizeof formats / sizeof formats[0] && strcmp(format, formats[i].name))
         i++;
     if (i == sizeof formats / sizeof formats[0])
-        return cli_usage(e, "--format is safetensors or image, not '%.40s'", format);
+        return cli_usage(e, "--format is safetensors, hf-npz or image, not '%.40s'", format);
     if (!x.path)
         return cli_usage(e, "export needs --output FILE ('-': standard output)");
     rc = show(c, &answer, e);

@@ -173,24 +173,45 @@ static json_t *as_string(const json_t *v)
     return s;
 }
 
-static int add_metadata(const json_t *entry, json_t *header, struct larder_err *e)
+int st_metadata(const json_t *entry, json_t **ret, struct larder_err *e)
 {
     json_t *meta = json_object();
-    bool bad = json_object_set_new(header, "__metadata__", meta) ||
-               json_object_set_new(meta, "format", json_string(ST_FORMAT));
+    bool bad = !meta;
 
     for (size_t i = 0; !bad && i < N_META; i++) {
-        const json_t *v = json_object_get(entry, meta_keys[i]);
+        json_t *v = json_object_get(entry, meta_keys[i]);
 
-        if (!v && strcmp(meta_keys[i], "name"))
+        if (!v && strcmp(meta_keys[i], "name")) {
+            json_decref(meta);
             return larder_fail(e, LARDER_EUNSUPPORTED,
                                strcmp(meta_keys[i], "text")
                                    ? "the daemon does not tell the entry's %s"
                                    : "the entry's %s is not valid UTF-8; use --format image",
                                meta_keys[i]);
-        bad = v && json_object_set_new(meta, meta_keys[i], as_string(v));
+        }
+        bad = v && json_object_set(meta, meta_keys[i], v);
     }
-    return bad ? larder_fail(e, LARDER_ENOMEM, "no memory for a header") : 0;
+    if (bad) {
+        json_decref(meta);
+        return larder_fail(e, LARDER_ENOMEM, "no memory for the metadata");
+    }
+    *ret = meta;
+    return 0;
+}
+
+/* As strings, which is all that the format has. */
+static int add_metadata(const json_t *entry, json_t *header, struct larder_err *e)
+{
+    json_t *meta = NULL, *strings = json_object(), *v;
+    const char *key;
+    bool bad = json_object_set_new(header, "__metadata__", strings) ||
+               json_object_set_new(strings, "format", json_string(ST_FORMAT));
+    int rc = st_metadata(entry, &meta, e);
+
+    json_object_foreach (meta, key, v)
+        bad = bad || json_object_set_new(strings, key, as_string(v));
+    json_decref(meta);
+    return !rc && bad ? larder_fail(e, LARDER_ENOMEM, "no memory for a header") : rc;
 }
 
 static int dump_header(const json_t *header, char **ret, uint64_t *ret_len, struct larder_err *e)

@@ -37,8 +37,12 @@ void st_tensor_at(const struct image_plan *p, uint64_t i, struct st_tensor *ret)
 /* The plan by which a checked image is laid out. */
 int st_plan_of(const struct larder_image *im, struct image_plan **ret, struct larder_err *e);
 
-/* Length word and header, padded to a multiple of 8; mem_free() it. `entry` is what SHOW with text
- * gave: it becomes the metadata. LARDER_EUNSUPPORTED: the text cannot be a JSON string. */
+/* Members of what SHOW with text gave that identify the entry, as they are: a new object.
+ * LARDER_EUNSUPPORTED: the text is no JSON string. */
+int st_metadata(const json_t *entry, json_t **ret, struct larder_err *e);
+
+/* Length word and header, padded to a multiple of 8; mem_free() it. st_metadata() of
+ * `entry`, each as a string, becomes the metadata. */
 int st_header(const struct image_plan *p, const json_t *entry, char **ret, uint64_t *ret_len,
               struct larder_err *e);
 

@@ -56,6 +56,8 @@ static int field_word(const json_t *body, const char *key, size_t max, const cha
 {
     int rc = field_str(body, key, FIELD_REQUIRED, max, ret, e);
 
+    if (!rc && !**ret)
+        return larder_fail(e, LARDER_EINVAL, "%s is empty", key);
     for (const char *p = rc ? "" : *ret; *p; p++)
         if (!isgraph((unsigned char)*p))
             return larder_fail(e, LARDER_EINVAL, "%s holds a byte that is not printable", key);

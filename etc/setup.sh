@@ -12,7 +12,7 @@ set -eu
 packages="gcc g++ make libc6-dev pkg-config binutils git ca-certificates
 python3 python3-pip python3-lmdb python3-zstandard python3-xxhash
 liblmdb-dev libzstd-dev libxxhash-dev libssl-dev
-libjansson-dev libevent-dev libsystemd-dev systemd
+libjansson-dev zlib1g-dev libevent-dev libsystemd-dev systemd
 libdnnl-dev libutf8proc-dev libcmocka-dev
 python3-numpy"
 

@@ -146,23 +146,34 @@ static int read_probe(struct run *r, uint32_t n, uint32_t **ret, struct larder_e
 
 /* In a layer that slides, a row's place in the list must be its position: nothing may leave the
  * list while there is something to hide, and rows never get fresh positions, which the stored
- * ones are not. */
-static int check_sliding(const struct run *r, uint32_t n, struct larder_err *e)
+ * ones are not. Asking for what a layer cannot see says nothing about what to keep of it: all that
+ * is repeated must lie within every window, which then hides nothing. */
+int engine_check_windows(const struct model_params *m, const struct policy *p, uint64_t n,
+                         struct larder_err *e)
 {
-    bool two = policy_is_two_pass(r->policy);
+    uint32_t sliding = model_narrowest(m);
 
-    for (uint32_t l = 0; l < r->p->geom.n_layers && r->policy->cut != CUT_OFF; l++) {
-        uint32_t sliding = model_sliding(r->p, l);
-
-        if (sliding && (two || n + r->n_probe > sliding))
-            return larder_fail(e, LARDER_EUNSUPPORTED,
-                               "%s, and the model's layers see only %u positions back; use a "
-                               "policy that does not cut tokens, like snapkv or keydiff",
-                               two ? "the policy gives rows fresh positions"
-                                   : "the policy cuts tokens of a longer document",
-                               sliding);
-    }
-    return 0;
+    if (sliding && policy_is_two_pass(p))
+        return larder_fail(
+            e, LARDER_EUNSUPPORTED,
+            "the policy gives rows fresh positions, and layers of the model see only "
+            "%u positions back; use one that does not, like snapkv or keydiff",
+            sliding);
+    if (!sliding || n <= sliding)
+        return 0;
+    if (p->cut != CUT_OFF)
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "the policy cuts tokens, and layers of the model see only %u positions "
+                           "back, which is less than the document; use one that does not cut, "
+                           "like snapkv or keydiff",
+                           sliding);
+    if (!policy_is_replay(p))
+        return 0;
+    return larder_fail(e, LARDER_EUNSUPPORTED,
+                       "the document and what repeats it take %llu positions or more, and layers "
+                       "of the model see only %u back; use snapkv, keydiff or full, or split the "
+                       "document",
+                       (unsigned long long)n, sliding);
 }
 
 /* The rows of ids[n], ready for the first layer. */
@@ -174,7 +185,7 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
     int rc = read_probe(r, n, &probe, e);
 
     if (!rc)
-        rc = check_sliding(r, n, e);
+        rc = engine_check_windows(r->p, r->policy, (uint64_t)n + r->n_probe, e);
     r->n0 = r->n = n;
     r->stride = (n + r->n_probe + 15) / 16 * 16;
     r->sel_layer = -1;

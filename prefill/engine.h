@@ -62,6 +62,11 @@ struct engine_result {
     double load_ms, prefill_ms;
 };
 
+/* LARDER_EUNSUPPORTED where n positions, those of a document and of what stands behind it at once,
+ * pass a layer's window and the policy cannot be computed then. */
+int engine_check_windows(const struct model_params *m, const struct policy *p, uint64_t n,
+                         struct larder_err *e);
+
 int engine_prefill(struct backend *b, const struct engine_doc *doc, const struct policy *policy,
                    const struct engine_sink *sink, struct engine_result *ret, struct larder_err *e);
 

@@ -237,9 +237,12 @@ static int set_llama3(const json_t *scaling, struct model *m, struct larder_err 
         rc = larder_fail(e, LARDER_EMODEL,
                          "config.json: high_freq_factor is not above "
                          "low_freq_factor");
-    if (!rc)
-        rope_scale_llama3(&s, m->p.rope_dims, m->freq);
-    return rc;
+    if (rc)
+        return rc;
+    rope_scale_llama3(&s, m->p.rope_dims, m->freq);
+    m->p.rope_scaling = ROPE_LLAMA3;
+    m->p.rope_stretch = s.factor;
+    return 0;
 }
 
 static int read_rope(const json_t *c, struct model *m, struct larder_err *e)

@@ -295,6 +295,8 @@ static int check_policy(struct job *j, const char *text, struct larder_err *e)
     p = j->policy;
     if (!rc)
         rc = policy_resolve(&p, model_params(j->s.model)->geom.n_layers, s ? &s->window : NULL, e);
+    if (!rc) /* before a calibration, too */
+        rc = engine_check_windows(model_params(j->s.model), &p, j->doc.n, e);
     if (!rc)
         rc = policy_rows(&p, &p.rows, j->doc.n, &rows, e);
     return rc ? rc : policy_rows(&p, &p.select, j->doc.n, &rows, e);

@@ -36,12 +36,16 @@ struct model_params {
     uint32_t n_positions; /* longest sequence the model was made for */
     uint32_t rope_dims;   /* elements of a head that are rotated, the first ones; even */
     double rope_theta;
-    struct rope rope;        /* of documents of at most n_rope_short tokens, ... */
-    struct rope rope_long;   /* ... and of longer ones */
-    uint32_t n_rope_short;   /* 0: one table for all */
+    struct rope rope;      /* of documents of at most n_rope_short tokens, ... */
+    struct rope rope_long; /* ... and of longer ones */
+    uint32_t n_rope_short; /* 0: one table for all */
+    enum rope_scaling rope_scaling;
+    double rope_stretch;     /* llama3: its factor; a table: that of the slowest pair; longrope:
+                              * n_positions as a multiple of n_rope_short; else 1 */
     const uint32_t *sliding; /* [n_layers]; NULL: no layer has a sliding window */
     bool has_qkv_bias;       /* MODEL_Q_BIAS, MODEL_K_BIAS and MODEL_V_BIAS are there */
     bool has_qk_norm;        /* MODEL_Q_NORM and MODEL_K_NORM are there */
+    bool tied;               /* MODEL_HEAD is MODEL_EMBED */
     double norm_eps;
 };
 
@@ -56,6 +60,17 @@ static inline const struct rope *model_rope(const struct model_params *p, uint32
 static inline uint32_t model_sliding(const struct model_params *p, uint32_t layer)
 {
     return p->sliding ? p->sliding[layer] : 0;
+}
+
+/* The least of them; 0: no layer slides. */
+static inline uint32_t model_narrowest(const struct model_params *p)
+{
+    uint32_t least = 0;
+
+    for (uint32_t l = 0; l < p->geom.n_layers; l++)
+        if (model_sliding(p, l) && (!least || model_sliding(p, l) < least))
+            least = model_sliding(p, l);
+    return least;
 }
 
 /* One per layer. Matrices are [n_out][n_in], row-major; MODEL_Q and MODEL_K rows come

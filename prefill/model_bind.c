@@ -168,6 +168,7 @@ static int bind_head(struct model *m, const struct tensor_source *s, struct lard
     struct found_tensor t;
     int rc;
 
+    m->p.tied = s->tied;
     if (s->tied) {
         m->head = m->embed;
         rc = s->find(s->arg, name, &t, e); /* a copy that nobody reads */

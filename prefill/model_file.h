@@ -86,8 +86,8 @@ int model_check_params(const struct model_params *p, struct larder_err *e);
 /* Tables for p.rope_dims and p.rope_theta: the plain one, and room for a second. */
 int model_alloc_rope(struct model *m, struct larder_err *e);
 
-/* Divide the table by factors [rope_dims / 2], finite and positive. */
-int model_divide_rope(double *freq, const double *factor, uint32_t n, struct larder_err *e);
+/* p.rope is divided by factors [rope_dims / 2], finite and positive. */
+int model_set_factors(struct model *m, const double *factor, struct larder_err *e);
 
 /* p.rope becomes the table of documents up to n_original tokens, p.rope_long that of longer ones;
  * factor: the attention factor, or 0 for the one that follows from the lengths. */

@@ -238,7 +238,7 @@ static int read_rope(struct opening *o, struct larder_err *e)
     if (!rc)
         rc = model_read_vector(&o->source, "rope_freqs.weight", half, factor, e);
     if (!rc)
-        rc = model_divide_rope(o->m->freq, factor, half, e);
+        rc = model_set_factors(o->m, factor, e);
     if (!rc || rc == LARDER_ENOTFOUND)
         rc = model_read_vector(&o->source, "rope_factors_long.weight", half, factor, e);
     if (!rc)

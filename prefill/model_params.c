@@ -69,10 +69,12 @@ int model_alloc_rope(struct model *m, struct larder_err *e)
     rope_plain(p->rope_theta, p->rope_dims, m->freq + p->rope_dims / 2);
     p->rope = (struct rope){m->freq, 1};
     p->rope_long = (struct rope){m->freq + p->rope_dims / 2, 1};
+    p->rope_stretch = 1;
     return 0;
 }
 
-int model_divide_rope(double *freq, const double *factor, uint32_t n, struct larder_err *e)
+/* Divide a table by factors [n], finite and positive. */
+static int divide_rope(double *freq, const double *factor, uint32_t n, struct larder_err *e)
 {
     for (uint32_t i = 0; i < n; i++) {
         if (!(isfinite(factor[i]) && factor[i] > 0))
@@ -82,15 +84,27 @@ int model_divide_rope(double *freq, const double *factor, uint32_t n, struct lar
     return 0;
 }
 
+int model_set_factors(struct model *m, const double *factor, struct larder_err *e)
+{
+    uint32_t half = m->p.rope_dims / 2;
+    int rc = divide_rope(m->freq, factor, half, e);
+
+    if (rc)
+        return rc;
+    m->p.rope_scaling = ROPE_FACTORS;
+    m->p.rope_stretch = factor[half - 1];
+    return 0;
+}
+
 int model_set_longrope(struct model *m, const double *short_factor, const double *long_factor,
                        uint32_t n_original, double factor, struct larder_err *e)
 {
     struct model_params *p = &m->p;
     uint32_t half = p->rope_dims / 2;
-    int rc = model_divide_rope(m->freq, short_factor, half, e);
+    int rc = divide_rope(m->freq, short_factor, half, e);
 
     if (!rc)
-        rc = model_divide_rope(m->freq + half, long_factor, half, e);
+        rc = divide_rope(m->freq + half, long_factor, half, e);
     if (rc)
         return rc;
     if (n_original < 2 || n_original > KV_MAX_CTX)
@@ -100,6 +114,8 @@ int model_set_longrope(struct model *m, const double *short_factor, const double
     if (!(isfinite(factor) && factor > 0))
         return larder_fail(e, LARDER_EMODEL, "the attention factor is not a positive number");
     p->n_rope_short = n_original;
+    p->rope_scaling = ROPE_LONGROPE;
+    p->rope_stretch = (double)p->n_positions / n_original;
     p->rope.factor = p->rope_long.factor = factor;
     return 0;
 }

@@ -176,24 +176,21 @@ static int plan(struct run *r, uint32_t chunk, uint32_t percent, struct larder_e
     return rc;
 }
 
-/* Asking for what a layer cannot see says nothing about what to keep of it: all that is repeated
- * and quoted must lie within every window, which then hides nothing. */
+/* All that is repeated and quoted stands behind the document at once. */
 static int check_reach(const struct run *r, struct larder_err *e)
 {
-    uint32_t after = r->probes ? r->probes->n_rows : 0;
+    uint32_t after = r->probes ? r->probes->n_rows : 0, sliding = model_narrowest(r->p);
 
     after = r->replay->max_rows > after ? r->replay->max_rows : after;
-    for (uint32_t l = 0; l < r->p->geom.n_layers; l++) {
-        uint32_t sliding = model_sliding(r->p, l);
-
-        if (sliding && (uint64_t)r->n + after > sliding)
-            return larder_fail(e, LARDER_EUNSUPPORTED,
-                               "a replay of %u tokens takes %u more, and the model's layers see "
-                               "%u positions back; use snapkv, keydiff or full, or split the "
-                               "document",
-                               r->n, after, sliding);
-    }
-    return 0;
+    if (!r->watch)
+        return engine_check_windows(r->p, r->rung[0].policy, (uint64_t)r->n + after, e);
+    if (!sliding || (uint64_t)r->n + after <= sliding)
+        return 0;
+    return larder_fail(e, LARDER_EUNSUPPORTED,
+                       "%u tokens and %u that repeat them, and layers of the model see only %u "
+                       "positions back; 'larder calibrate' takes shorter texts (--no-builtin), and "
+                       "snapkv, keydiff and full need no profile",
+                       r->n, after, sliding);
 }
 
 static int run_init(struct run *r, uint32_t chunk, uint32_t percent, struct larder_err *e)

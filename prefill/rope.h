@@ -19,6 +19,14 @@ struct rope {
     double factor;      /* cos and sin are multiplied by it: the attention factor, else 1 */
 };
 
+/* How a model's frequencies differ from the plain ones. */
+enum rope_scaling {
+    ROPE_PLAIN,
+    ROPE_LLAMA3,
+    ROPE_FACTORS, /* by a table in the file, which is what GGUF makes of llama3 */
+    ROPE_LONGROPE,
+};
+
 /* freq[i] = theta^(-2 i / dims) */
 void rope_plain(double theta, uint32_t dims, double *freq);
 

@@ -278,6 +278,21 @@ bool tokenizer_adds_bos(const struct tokenizer *t)
     return t->add_bos;
 }
 
+enum tokenizer_kind tokenizer_kind(const struct tokenizer *t)
+{
+    return t->kind;
+}
+
+bool tokenizer_composes(const struct tokenizer *t)
+{
+    return t->nfc;
+}
+
+const char *tokenizer_stage(const struct tokenizer *t, uint32_t i)
+{
+    return t->stage[i] ? t->stage[i]->name : NULL;
+}
+
 int tokenizer_set_eos(struct tokenizer *t, int64_t eos, struct larder_err *e)
 {
     if (eos >= (int64_t)t->n_vocab)

@@ -101,6 +101,11 @@ bool tokenizer_is_added(const struct tokenizer *t, uint32_t id); /* special or n
 int64_t tokenizer_bos(const struct tokenizer *t);                /* -1: none */
 int64_t tokenizer_eos(const struct tokenizer *t);                /* -1: none */
 bool tokenizer_adds_bos(const struct tokenizer *t);
+enum tokenizer_kind tokenizer_kind(const struct tokenizer *t);
+bool tokenizer_composes(const struct tokenizer *t); /* texts are brought to NFC first */
+
+/* Name of stage i of the pre-tokenizer, i < PRETOK_STAGES; NULL: there is none from i on. */
+const char *tokenizer_stage(const struct tokenizer *t, uint32_t i);
 
 /* The end of an answer, where the tokenizer's own file does not say it (tokenizer.json). Before
  * other threads read. LARDER_EMODEL: no such token. */

@@ -32,8 +32,36 @@ PY
 }
 claim "a question is answered from the stored cache" answers_alike
 
-refuses_replay() { fails_with LARDER_EUNSUPPORTED larder put "$dir/doc" --model dir --name r --policy kvzip,rows=50% --wait; }
-claim "a policy that means nothing in a window is refused" refuses_replay
+# ---- a document that is longer than what layers see: the reason, and what works
+put() { larder put "$1" --model dir --name p --policy "$2" --wait; }
+says() { # DOCUMENT POLICY TEXT...: refused with these words
+    fails_with LARDER_EUNSUPPORTED put "$1" "$2" || return
+    for t in "${@:3}"; do grep -q -- "$t" "$dir/e" || { cat "$dir/e"; return 1; }; done
+}
+uncalibrated() { same profile "$(larder show-model dir --json | field profile)" None; }
+back="layers of the model see only 40"
+claim "a replay is refused" says "$dir/doc" kvzip,rows=50% "what repeats it" "$back" "use snapkv, keydiff or full, or split"
+claim "so is the default policy, before anything is calibrated for it" says "$dir/doc" offline "what repeats it" "$back" "use snapkv"
+claim "and one that cuts tokens" says "$dir/doc" pyramidinfer "cuts tokens" "$back" "like snapkv or keydiff"
+claim "and one whose rows get fresh positions" says "$dir/doc" gemfilter,rows=50%,layer=1 "fresh positions" "like snapkv"
+claim "nothing was calibrated" uncalibrated
+for p in snapkv,rows=50%,w=8 keydiff,rows=50% full; do
+    claim "what the refusal names works: ${p%%,*}" put "$dir/doc" $p
+done
+# the texts of the program have thousands of this model's tokens
+sed -i 's/"max_position_embeddings": [0-9]*/"max_position_embeddings": 8192/; s/"sliding_window": 40/"sliding_window": 200/' "$dir/m/config.json"
+for _ in $(seq 8); do cat "$dir/doc"; done >"$dir/long"
+back="layers of the model see only 200"
+stop_daemon
+claim "the daemon starts with a window in which a replay has room" start
+claim "a calibration that its layers cannot see is refused" \
+    says "$dir/doc" offline "calibrating" "that repeat them" "$back" "takes shorter texts" "snapkv, keydiff and full need no profile"
+calibrate() { larder calibrate dir "$@"; }
+refuses_texts() { fails_with LARDER_EUNSUPPORTED calibrate && grep -q "takes shorter texts" "$dir/e"; }
+claim "by hand, too" refuses_texts
+claim "shorter texts are taken" calibrate --no-builtin "$dir/doc"
+claim "and the default policy works on what fits" put "$dir/doc" offline,rows=50%
+claim "on nothing else" says "$dir/long" offline,rows=50% "what repeats it" "$back" "use snapkv, keydiff or full, or split"
 
 fingerprint() { larder status --json | python3 -c 'import json, sys
 print(next(m["fingerprint"] for m in json.load(sys.stdin)["models"] if m["name"] == "dir"))'; }

@@ -59,6 +59,52 @@ with safetensors.safe_open(sys.argv[1], "np") as f:
     assert set(f.keys()) == set(header) and f.metadata() == meta
 PY
 
+cat >"$dir/arrays.py" <<'PY'
+# Reads a NumPy archive as numpy does, and compares every number with an exported image.
+import json, struct, sys, zipfile
+import numpy as np
+
+z, image = np.load(sys.argv[1]), open(sys.argv[2], "rb").read()
+with zipfile.ZipFile(sys.argv[1]) as f:
+    assert f.testzip() is None and all(i.compress_type == zipfile.ZIP_STORED for i in f.infolist())
+u32 = lambda at: struct.unpack_from("<I", image, at)[0]
+u64 = lambda at: struct.unpack_from("<Q", image, at)[0]
+flags, layers, kv, dim, n_ctx, n_vocab = u32(24), u32(32), u32(40), u32(44), u32(48), u32(56)
+meta = json.loads(z["metadata"].item())
+assert meta["format"] == "larder-hf-npz-1" and meta["key"] == image[128:160].hex(), meta
+assert [meta[k] for k in ("n_layers", "n_kv_heads", "head_dim", "n_ctx", "next_pos", "has_bias")] == [
+    layers, kv, dim, n_ctx, u32(52), bool(flags & 1)]
+assert meta["text"].encode() == image[u64(80):][:u64(64)]
+array = lambda dtype, n, at: np.frombuffer(image, dtype, n, at)
+same = lambda a, b: np.array_equal(a, b) and np.array_equal(np.signbit(a), np.signbit(b))
+assert z["tokens"].dtype == np.int64 and np.array_equal(z["tokens"], array("<u4", n_ctx, u64(72)))
+assert z["logits"].dtype == np.float32 and same(z["logits"], array("<f4", n_vocab, u64(88)))
+seen, ragged = {"metadata", "tokens", "logits"}, 0
+for layer in range(layers):
+    heads = [struct.unpack_from("<IIQQQQ", image, u64(96) + 40 * (layer * kv + g)) for g in range(kv)]
+    most = max(h[0] for h in heads)
+    some_less = min(h[0] for h in heads) < most
+    ragged += some_less
+    position = z[f"position.{layer}"]
+    assert position.shape == (kv, most) and position.dtype == np.int64
+    seen |= {f"{what}.{layer}" for what in ("key", "value", "position")}
+    if flags & 1 or some_less:
+        seen.add(f"bias.{layer}")
+        assert z[f"bias.{layer}"].shape == (1, kv, 1, most) and z[f"bias.{layer}"].dtype == np.float32
+    for g, (n, _, k, v, pos, bias) in enumerate(heads):
+        assert np.array_equal(position[g, :n], array("<u4", n, pos)) and (position[g, n:] == -1).all()
+        if f"bias.{layer}" in seen:
+            b = z[f"bias.{layer}"][0, g, 0]
+            assert same(b[:n], array("<f4", n, bias) if flags & 1 else np.zeros(n)) and (b[n:] == -np.inf).all()
+        for what, at in (("key", k), ("value", v)):
+            a = z[f"{what}.{layer}"]
+            assert a.shape == (1, kv, most, dim) and a.dtype == np.float32
+            rows = (array("<u2", n * dim, at).astype(np.uint32) << 16).view(np.float32)
+            assert same(a[0, g, :n], rows.reshape(n, dim)) and not a[0, g, n:].any()
+assert set(z.files) == seen, set(z.files) ^ seen
+assert bool(ragged) == (sys.argv[3] == "ragged"), ragged
+PY
+
 put() { larder put "$dir/doc" --name "$1" --policy "$2" --wait; }
 both() { # NAME [--packed]
     larder export "$1" --format image -o "$dir/$1.img" --force "${@:2}" &&
@@ -72,6 +118,19 @@ claim "an entry with biases and four bits is stored" put fitted matching,rows=25
 for n in full asl ragged fitted; do
     claim "$n: its tensors are those of its image" both $n
 done
+numpy() {
+    larder export "$1" --format hf-npz -o "$dir/$1.npz" && larder export "$1" --format hf-npz -o - >"$dir/piped" &&
+        cmp "$dir/piped" "$dir/$1.npz" && /usr/bin/python3 "$dir/arrays.py" "$dir/$1.npz" "$dir/$1.img" "$1"
+}
+for n in full asl ragged fitted; do
+    claim "$n: numpy reads every row of its image" numpy $n
+done
+no_tiles() { fails_with LARDER_EUNSUPPORTED larder export fitted --packed --format hf-npz -o "$dir/x" && [ ! -e "$dir/x" ]; }
+claim "packed tiles are no arrays" no_tiles
+full() {
+    ! larder export asl --format hf-npz -o - 2>"$dir/e" >/dev/full && same lines "$(wc -l <"$dir/e")" 1 && grep -q LARDER_EIO "$dir/e"
+}
+claim "an archive that does not fit is an error" full
 claim "fitted, packed: its tiles are those of its image" both fitted --packed
 as_fetched() {
     larder export asl --format image -o - >"$dir/piped" && cmp "$dir/piped" "$dir/asl.img" &&
@@ -81,7 +140,7 @@ claim "an image goes to standard output, too" as_fetched
 
 kept() { cp "$dir/full.st" "$dir/was" && fails_with LARDER_EINVAL larder export asl -o "$dir/full.st" && cmp "$dir/was" "$dir/full.st"; }
 claim "a file that exists is left alone" kept
-no_rest() { same files "$(ls "$dir" | grep -c '\.\(st\|img\)\.')" 0; }
+no_rest() { same files "$(ls "$dir" | grep -c '\.\(st\|img\|npz\)\.')" 0; }
 claim "nothing is left beside the files" no_rest
 claim "a directory that is not there is an error" fails_with LARDER_EIO larder export asl -o "$dir/none/x"
 claim "so is an entry that is not there" fails_with LARDER_ENOTFOUND larder export nobody -o "$dir/x"
@@ -158,6 +217,17 @@ claim "a row that is not finite is refused" refused row LARDER_ENUMERIC
 undamaged() { python3 "$dir/damage.py" none "$dir/asl.st" "$dir/good.st" && larder import "$dir/good.st" && larder rm asl; }
 claim "the same file without damage is not" undamaged
 
+hollow() { # an entry of which a layer keeps nothing
+    python3 -c 'import sys
+sys.path.insert(0, "tests/e2e")
+import hostile_import as h
+h.write(sys.argv[2], *h.Entry(name="hollow", rows=(0, 0, 5, 2), bias=sys.argv[3] == "ragged").safetensors())' \
+        "$LARDER_SOCKET" "$dir/hollow.st" "$1" && larder import "$dir/hollow.st" 2>/dev/null &&
+        larder export hollow --format image -o "$dir/hollow.img" --force && larder export hollow --format hf-npz -o "$dir/hollow.npz" --force &&
+        /usr/bin/python3 "$dir/arrays.py" "$dir/hollow.npz" "$dir/hollow.img" ragged && larder rm hollow
+}
+claim "numpy reads an entry of which a layer keeps nothing" hollow ragged
+claim "and one of these without biases" hollow none
 comes_back() { # NAME
     larder import "$dir/$1.st" --json >"$dir/in" && same known "$(field model_known <"$dir/in")" True &&
         same imported "$(larder show "$1" --json | field imported)" True && larder show "$1" | grep -q "^imported" &&
@@ -190,8 +260,21 @@ not_found() { fails_with LARDER_ENOTFOUND larder show "$(cat "$dir/full.key")"; 
 claim "nobody finds it under the key of the computed one" not_found
 other() { same reason "$(larder explain-miss --file "$dir/doc" --policy full --json | field reason)" other_policy; }
 claim "nor as the answer to its policy" other
+finds() { # POLICY: the key that a look-up of the document's tokens gives
+    larder show full --tokens >"$dir/ids" && python3 -c 'import sys
+sys.path.insert(0, "tests/e2e")
+import hostile_import
+print(hostile_import.finds([int(i) for i in open(sys.argv[2]).read().split()], policy=sys.argv[3]))' \
+        "$LARDER_SOCKET" "$dir/ids" "$1"
+}
+passed_over() { same key "$(finds full)" None && same key "$(finds "$(larder show full --json | field policy)")" "$(larder show full --json | field key)"; }
+claim "a look-up for its policy passes it over, one for all of its policy does not" passed_over
+asked() { fails_with LARDER_EPOLICY larder put "$dir/doc" --name x --wait --policy "$(larder show full --json | field policy)"; }
+claim "a put cannot ask for what is imported" asked
 computed() { larder put "$dir/doc" --name full2 --policy full --wait --json | field result >"$dir/r" && same result "$(cat "$dir/r")" stored; }
 claim "a put of the same document computes" computed
+itself() { same key "$(finds full)" "$(cat "$dir/full.key")"; }
+claim "and a look-up finds what was computed" itself
 taken() { fails_with LARDER_EINVAL larder import "$dir/asl.st" --name full2 && larder show full2 --json | field policy | grep -qx full; }
 claim "an import does not take another entry's name" taken
 twice() {

@@ -19,6 +19,7 @@ only() {
 
 only 'lmdb\.h' '^store/' lmdb
 only 'zstd' '^store/' zstd
+only 'zlib\.h' '^client/cli_npz' zlib
 only 'xxhash' '^store/' xxhash
 only '(dnnl|oneapi)' '^prefill/cpu' oneDNN
 only 'utf8proc' '^prefill/' utf8proc

@@ -5,8 +5,8 @@
     check_models.py --build BUILD --make          those that make_models.py makes now
 
 Logits of `ref` and `cpu` in f32 are within 1e-4 of the largest, after 1, 7 and 300 tokens, and
-the 16 tokens after that are the same, from a prefill of 290 of them and a question of ten. Speaks
-TAP.
+the 16 tokens after that are the same, from a prefill of 290 of them and a question of ten. `info` says
+what config.json does of attention, windows and RoPE. Speaks TAP.
 Exit status 77: --make, and there is no Python with torch, transformers and gguf.
 """
 import argparse
@@ -17,8 +17,8 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PEERS = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                     "larder", "peers", "bin", "python")
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "larder")
+PEERS = os.path.join(CACHE, "peers", "bin", "python")
 CLOSE = 1e-4
 QUESTION = 10
 
@@ -73,8 +73,77 @@ def compare(ours, theirs):
     return None
 
 
+def expected(config, is_gguf):
+    """What `info` has to say of a model with this config.json. Defaults are those of transformers
+    that the models here rely on."""
+    arch, layers = config["model_type"], config["num_hidden_layers"]
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "none"))
+    original = config.get("original_max_position_embeddings") if kind == "longrope" else None
+    factor = {"llama3": scaling.get("factor"), "none": 1}.get(
+        kind, original and config["max_position_embeddings"] / original)
+    window = config.get("sliding_window")
+    if arch.startswith("qwen") and not config.get("use_sliding_window"):
+        window = None
+    first = config["max_window_layers"] if arch.startswith("qwen") and window else 0
+    return {
+        "arch": "llama" if is_gguf and arch == "mistral" else arch,
+        "qkv_bias": arch == "qwen2", "qk_norm": arch == "qwen3",
+        "tied_embeddings": config["tie_word_embeddings"],
+        "sliding": window and [window if l >= first else 0 for l in range(layers)],
+        "rope.theta": config.get("rope_theta", 10000.0),
+        "rope.dims": int(dim * config.get("partial_rotary_factor", 1)),
+        "rope.scaling": "factors" if is_gguf and kind == "llama3" else kind,
+        "rope.factor": factor, "rope.n_original": original,
+        "tokenizer.kind": "bytes",
+        "tokenizer.pre_tokenizer": ["digits", "gpt2"] if is_gguf else ["gpt2"],
+        "tokenizer.nfc": False, "tokenizer.bos": None, "tokenizer.eos": 1,
+        "own_template": "plain",
+    }
+
+
+def info_of(run):
+    said = run.answer("info")
+    said.update(("%s.%s" % (k, k2), v) for k in ("rope", "tokenizer") for k2, v in said[k].items())
+    return said
+
+
+def check_real(build, tmp):
+    """A file as others write it."""
+    model = os.path.join(CACHE, "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if not os.path.exists(model):
+        print("ok - the real model: info # SKIP it is not there; run etc/setup.sh")
+        return
+    said = info_of(Run(build, model, "cpu", tmp))
+    want = {"qkv_bias": False, "qk_norm": False, "tied_embeddings": True, "sliding": None,
+            "rope.theta": 100000.0, "rope.dims": 64, "rope.scaling": "none",
+            "tokenizer.kind": "bytes", "tokenizer.pre_tokenizer": ["digits", "gpt2"],
+            "tokenizer.eos": 2, "own_template": "smollm2"}
+    wrong = {k: said[k] for k, v in want.items() if said[k] != v}
+    claim("the real model: info", "it says %s" % wrong if wrong else None)
+
+
+def check_info(run, name, config, is_gguf):
+    said = info_of(run)
+    want = expected(config, is_gguf)
+    wrong = {k: said[k] for k, v in want.items()
+             if said[k] != v and not (k == "rope.factor" and abs(said[k] - v) < 1e-6 * v)}
+    claim("%s: info" % name, "it says %s" % wrong if wrong else None)
+    shown = subprocess.run([run.program, "info", "--model", run.words[1]], stdout=subprocess.PIPE,
+                           text=True).stdout
+    window = "windows     %s" % ("%d in layer" % max(want["sliding"]) if want["sliding"] else
+                                 "none\n")
+    rope = "rope        theta %g, %d of %d elements, scaling %s" % (
+        want["rope.theta"], want["rope.dims"], said["head_dim"], want["rope.scaling"])
+    claim("%s: info in words" % name, None if window in shown and rope in shown else shown)
+
+
 def check(build, model, want, tmp):
     name = os.path.basename(model)
+    is_gguf = name.endswith(".gguf")
+    with open(os.path.join(model[:-len(".gguf")] if is_gguf else model, "config.json")) as f:
+        check_info(Run(build, model, "cpu", tmp), name, json.load(f), is_gguf)
     for backend in ("ref", "cpu"):
         run = Run(build, model, backend, tmp)
         try:
@@ -90,6 +159,7 @@ def check(build, model, want, tmp):
 
 def check_all(build, folder):
     with tempfile.TemporaryDirectory(prefix="larder-models.") as tmp:
+        check_real(build, tmp)
         for file in sorted(os.listdir(folder)):
             if not file.endswith(".json"):
                 continue
