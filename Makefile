@@ -317,7 +317,7 @@ lint:
 	tests/run.sh $(B) lint
 
 bench: all $(BENCH)
-	tests/bench/run.sh $(B)
+	tests/bench/run.sh $(B) "" "" "" "$(BENCH_PARTS)"
 
 # First token in each decoder, from a stored cache and after its own prefill: one table.
 bench-decoders: all $(B)/bench/bench_all_resume
