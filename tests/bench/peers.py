@@ -20,7 +20,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "larder")
-PEERS_PYTHON = os.path.join(CACHE, "peers", "bin", "python")
+PEERS_PYTHON = os.environ.get("LARDER_PEERS_PYTHON") or os.path.join(CACHE, "peers", "bin",
+                                                                      "python")
 ANSWER_LIMIT_S = 600
 START_S = 30
 REST_S = 0.3  # thread pools spin for a while after their work
@@ -294,7 +295,7 @@ def open_peers(names, model, longest, directory, missed):
     """Those of the peers that start; why others do not goes to `missed`."""
     peers = []
     if not os.path.exists(PEERS_PYTHON):
-        print("peers: not installed (tests/bench/setup-peers.sh)")
+        print("peers: no %s (tests/bench/setup-peers.sh)" % PEERS_PYTHON)
         return peers
     for name in names:
         try:

@@ -18,7 +18,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEERS = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                     "larder", "peers", "bin", "python")
+                     "larder", "decoders", "bin", "python")
 CLOSE = 1e-4
 QUESTION = 10
 
@@ -110,7 +110,8 @@ def main():
         check_all(args.build, os.path.join(HERE, "small"))
         return 1 if failed else 0
     if not os.path.exists(PEERS):
-        print("no torch and transformers at %s; tests/bench/setup-peers.sh installs them" % PEERS,
+        print("no torch and transformers at %s; 'tests/bench/setup-peers.sh decoders' installs "
+              "them" % PEERS,
               file=sys.stderr)
         return 77
     with tempfile.TemporaryDirectory(prefix="larder-made.") as made:

@@ -233,6 +233,11 @@ def _check_shape(cache: Cache, context: _Context) -> None:
     check_geometry(cache, {"n_layers": context.n_layers, "n_heads": context.n_heads,
                            "n_kv_heads": context.n_kv_heads, "n_vocab": llm.n_vocab()},
                    min(llm.n_ctx(), llama_cpp.llama_model_n_ctx_train(llm.model)))
+    for key, window in (llm.metadata or {}).items():
+        if key.endswith(".attention.sliding_window") and 0 < int(window) < llm.n_ctx():
+            raise Unsupported("the model has sliding windows of %s positions, which llama.cpp does "
+                              "not keep as this cache needs it: open it with n_ctx of at most %s, "
+                              "or use larder.hf" % (window, window))
     if cache.rectangular and cache.n_rows.min() > 0:
         return
     what = ("from %d to %d rows a head" % (cache.n_rows.min(), cache.n_rows.max()) +
