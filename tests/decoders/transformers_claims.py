@@ -7,7 +7,7 @@ import sys
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import larder
 import larder.hf
@@ -55,12 +55,38 @@ def the_readme_example_answers():
     assert README["past"].get_seq_length() == README["cache"].next_pos
 
 
+def rendered(**more):
+    """Document and question as the model's own template has them."""
+    with open(os.path.join(ROOT, "tests/golden/data/public/doc_a700.txt"), encoding="utf-8") as f:
+        both = f.read() + "\n\nWhat is the name of the programming language?"
+    return README["tokenizer"].apply_chat_template([{"role": "user", "content": both}],
+                                                   tokenize=False, add_generation_prompt=True,
+                                                   **more)
+
+
+def question(tokenizer, prompt):
+    with larder.Client() as client, client.get("full") as cache:
+        return larder.hf.question(cache, tokenizer, prompt)
+
+
 @claim
-def its_tokenizer_makes_larders_question():
+def tokenizer_and_template_make_larders_question():
     want = answer_of_larder("full")["question_ids"]
-    text = ("\n\nWhat is the name of the programming language?"
-            "<|im_end|>\n<|im_start|>assistant\n")
-    assert README["tokenizer"](text, add_special_tokens=False).input_ids == want
+    assert README["question"] == question(README["tokenizer"], rendered()) == want
+
+
+@claim
+def another_template_or_tokenizer_is_refused_with_what_differs():
+    other = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    said = raises(errors.ModelMismatch, question, README["tokenizer"],
+                  rendered(chat_template=other))
+    assert "'[INST] " in said and "'<|im_start|>" in said and "template" in said, said
+    small = PreTrainedTokenizerFast(
+        tokenizer_file=os.path.join(ROOT, "tests/models/small/llama/tokenizer.json"))
+    said = raises(errors.ModelMismatch, question, small, rendered())
+    assert "another tokenizer's" in said, said
+    document = rendered().rsplit("\n\nWhat", 1)[0]
+    raises(errors.InvalidArgument, question, README["tokenizer"], document)
 
 
 def compare(name):

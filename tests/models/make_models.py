@@ -3,10 +3,10 @@
 
     make_models.py OUT [--small] [NAME...]
 
-writes for each case OUT/NAME/ (config.json, safetensors, tokenizer.json), OUT/NAME.gguf and
-OUT/NAME.json: token ids, the logits of the last of 1, 7 and 300 of them, and what follows when the
-most likely token is taken 16 times; of these names only, where there are some. --small: fewer and smaller ones, in bf16, that can be part of
-the tree. Needs torch, transformers and gguf; check_models.py compares.
+writes for each case (of these names only, where there are some) OUT/NAME/ (config.json,
+safetensors, tokenizer.json), OUT/NAME.gguf and OUT/NAME.json: token ids, the logits of the last of
+1, 7 and 300 of them, and what follows when the most likely token is taken 16 times. --small: fewer
+and smaller ones, in bf16, that can be part of the tree. Needs torch, transformers and gguf; check_models.py compares.
 """
 import json
 import os

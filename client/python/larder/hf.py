@@ -1,6 +1,7 @@
 """Caches for Hugging Face transformers: load(cache, model) gives what generate() takes.
 
     past = larder.hf.load(cache, model)
+    question_ids = larder.hf.question(cache, tokenizer, cache.text + "And why?")
     ids = model.generate(**past.inputs(question_ids), max_new_tokens=64)
 
 The one idea: transformers counts positions, masks and ids by the length that a cache reports, so
@@ -29,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .cache import Cache
 from .errors import InvalidArgument, Unsupported
-from .models import check_geometry, check_keys, check_weights
+from .models import check_geometry, check_keys, check_weights, rest_of_prompt
 
 MASKING = ("sdpa", "eager")
 
@@ -285,3 +286,16 @@ def load(cache: Cache, model: Any, *, weights: Optional[str] = None) -> StoredCa
         if _mask_of_stored_rows not in m._forward_pre_hooks.values():
             m.register_forward_pre_hook(_mask_of_stored_rows, with_kwargs=True)
     return StoredCache(layers, cache.prompt([]), _cache_argument(model))
+
+
+def question(cache: Cache, tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of what a prompt says behind the cache's document, such as tokenizer.
+    apply_chat_template(messages, tokenize=False, add_generation_prompt=True) renders of document
+    and question.
+
+    ModelMismatch: the tokenizer is another than the cache's, or the prompt begins otherwise.
+    """
+    def read(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False,
+                                clean_up_tokenization_spaces=False)
+    return tokenizer(rest_of_prompt(cache, prompt, read), add_special_tokens=False).input_ids

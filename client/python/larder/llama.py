@@ -1,6 +1,7 @@
 """Caches for llama.cpp through llama-cpp-python: load(cache, llm) puts one into its memory.
 
     larder.llama.load(cache, llm)
+    question_ids = larder.llama.question(cache, llm, cache.text + "And why?")
     answer = llm.create_completion(cache.prompt(question_ids).tolist(), max_tokens=64)
 
 The one idea: llama.cpp takes a sequence's state as bytes (llama_state_seq_set_data). Its cells are
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from .cache import Cache
 from .errors import InternalError, Unsupported
-from .models import check_geometry, check_keys, check_weights
+from .models import check_geometry, check_keys, check_weights, rest_of_prompt
 
 ELEMENTS = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # by ggml's numbers of types
 SEQUENCE = 0
@@ -268,3 +269,15 @@ def load(cache: Cache, llm: llama_cpp.Llama, *, weights: Optional[str] = None) -
     context.restore(_write(like, cache.next_pos - len(k[0]), k, v))
     llm.input_ids[:cache.next_pos] = cache.prompt([])
     llm.n_tokens = cache.next_pos
+
+
+def question(cache: Cache, llm: llama_cpp.Llama, prompt: str) -> list[int]:
+    """Token ids of what a prompt, as the model's template renders document and question, says
+    behind the cache's document.
+
+    ModelMismatch: the tokenizer is another than the cache's, or the prompt begins otherwise.
+    """
+    def read(ids: list[int]) -> str:
+        return llm.detokenize(ids, special=True).decode("utf-8", "replace")
+    rest = rest_of_prompt(cache, prompt, read)
+    return llm.tokenize(rest.encode(), add_bos=False, special=True)
