@@ -82,7 +82,7 @@ class Torch:
             where = self.torch.arange(past.next_pos, past.next_pos + n_question)[None]
             with self.torch.inference_mode():
                 out = self.model(input_ids=self.torch.tensor([question]), position_ids=where,
-                                 past_key_values=past, logits_to_keep=1)
+                                 logits_to_keep=1, **{past.argument: past})
                 return int(out.logits[0, -1].argmax())
         with client:
             ms, token = timed(first)

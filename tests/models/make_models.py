@@ -6,7 +6,8 @@
 writes for each case (of these names only, where there are some) OUT/NAME/ (config.json,
 safetensors, tokenizer.json), OUT/NAME.gguf and OUT/NAME.json: token ids, the logits of the last of
 1, 7 and 300 of them, and what follows when the most likely token is taken 16 times. --small: fewer
-and smaller ones, in bf16, that can be part of the tree. Needs torch, transformers and gguf; check_models.py compares.
+and smaller ones, in bf16, that can be part of the tree. Needs torch, transformers and gguf;
+check_models.py compares.
 """
 import json
 import os
