@@ -62,12 +62,14 @@ works() { # PEER
 
 install_torch() { pip_install $torch && works torch-f32; }
 
-# A build that does not suit the processor ends by a signal in its first batch.
+# The library alone, without what would take as long again to build (images, program options). A
+# build that does not suit the processor ends by a signal in its first batch.
 install_llama() {
+    less="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$PWD/tests/bench/llama.cmake"
     say "building $llama"
-    pip_install "$llama" && works llama.cpp && return 0
+    CMAKE_ARGS=$less pip_install "$llama" && works llama.cpp && return 0
     say "the build for this processor fails; building for AVX2"
-    CMAKE_ARGS=-DGGML_NATIVE=OFF pip_install --no-cache-dir --force-reinstall --no-deps \
+    CMAKE_ARGS="$less -DGGML_NATIVE=OFF" pip_install --no-cache-dir --force-reinstall --no-deps \
         "$llama" && works llama.cpp
 }
 
