@@ -18,7 +18,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "larder")
-PEERS = os.path.join(CACHE, "peers", "bin", "python")
+PEERS = os.path.join(CACHE, "decoders", "bin", "python")
 CLOSE = 1e-4
 QUESTION = 10
 
@@ -180,7 +180,8 @@ def main():
         check_all(args.build, os.path.join(HERE, "small"))
         return 1 if failed else 0
     if not os.path.exists(PEERS):
-        print("no torch and transformers at %s; tests/bench/setup-peers.sh installs them" % PEERS,
+        print("no torch and transformers at %s; 'tests/bench/setup-peers.sh decoders' installs "
+              "them" % PEERS,
               file=sys.stderr)
         return 77
     with tempfile.TemporaryDirectory(prefix="larder-made.") as made:
