@@ -169,4 +169,5 @@ const struct backend_ops backend_cuda = {
     .buffer_new = cuda_buffer_new,
     .buffer_free = cuda_buffer_free,
     .view = cuda_buffer_view,
+    .select = &cuda_select,
 };

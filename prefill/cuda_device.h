@@ -11,6 +11,7 @@
 #define LARDER_CUDA_DEVICE_H
 
 #include "cuda_kernel.h"
+#include "geom.h"
 #include "larder_status.h"
 
 #ifdef __cplusplus
@@ -18,6 +19,7 @@ extern "C" {
 #endif
 
 #define CUDA_OUT_OF_MEMORY 2               /* the driver's number for it */
+#define CUDA_MARKS (2 * KV_MAX_LAYERS + 2) /* two a layer's weights, and those of what leaves */
 
 struct cuda_info {
     char name[96];

@@ -68,7 +68,7 @@ static void run_done(struct run *r)
     backend_buffer_free(r->b, r->v);
     backend_buffer_free(r->b, r->o);
     mem_free(r->replayed);
-    mem_free(r->score);
+    backend_buffer_free(r->b, r->score);
     mem_free(r->worth);
     mem_free(r->length);
 }
@@ -87,7 +87,7 @@ static bool alloc(struct run *r)
     r->v = backend_buffer_new(r->b, g->n_kv_heads, per_head);
     r->o = backend_buffer_new(r->b, g->n_heads, per_head);
     r->replayed = mem_alloc(kept, sizeof *r->replayed);
-    r->score = mem_alloc(kept, sizeof *r->score);
+    r->score = backend_buffer_new(r->b, kept, sizeof *r->score);
     if (r->obs == OBS_REPLAY_PLUS) {
         r->worth = mem_alloc((uint64_t)g->n_heads * r->n, sizeof *r->worth);
         r->length = mem_alloc(r->n_all, sizeof *r->length);
@@ -290,10 +290,22 @@ static int finish(struct run *r, const struct layer *l, uint32_t row, uint32_t n
              : 0;
 }
 
+/* What was chosen, which a backend may have sent while the document's rows attend. */
+static int deliver(struct run *r, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        rc = rung_deliver(&r->rung[i], r->match, e);
+    return rc;
+}
+
 static int advance(struct run *r, const struct layer *l, bool last, struct larder_err *e)
 {
     int rc = attend_document(r, last ? r->n - 1 : 0, e);
 
+    if (!rc)
+        rc = deliver(r, e);
     if (!rc)
         rc = attend_others(r, last, e);
     if (!rc && !last)
@@ -347,51 +359,81 @@ static int weigh(struct run *r, uint32_t layer, struct larder_err *e)
     return rc;
 }
 
-/* Rungs that take these scores; NULL for those that take none. */
-static int keep_rows(struct run *r, uint32_t layer, const float *score, bool fits,
-                     struct larder_err *e)
+/* Scores of the host to where rungs choose by them. */
+static int set_scores(struct run *r, const float *score, struct larder_err *e)
 {
     uint64_t n = (uint64_t)r->p->geom.n_kv_heads * r->n;
+    int rc = backend_view(r->b, r->score, VIEW_WRITE, e);
+
+    for (uint64_t i = 0; i < n && !rc; i++)
+        r->score[i] = score[i];
+    return rc;
+}
+
+/* Rungs that choose by r->score, or, if it is not `scored`, take all. */
+static int choose_rows(struct run *r, uint32_t layer, bool scored, bool fits, struct larder_err *e)
+{
     struct layer_rows x = {.layer = layer,
                            .n = r->n,
                            .stride = (uint32_t)r->stride,
                            .position = r->pos,
                            .k = r->k,
                            .v = r->v,
-                           .score = score ? r->score : NULL};
+                           .score = scored ? r->score : NULL};
     int rc = 0;
 
-    for (uint64_t i = 0; score && i < n; i++)
-        r->score[i] = score[i];
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         if (rung_fits(&r->rung[i]) == fits)
-            rc = rung_layer(&r->rung[i], &x, r->match, e);
+            rc = rung_choose(&r->rung[i], &x, e);
     return rc;
+}
+
+static int look(struct run *r, struct larder_err *e)
+{
+    int rc = backend_view(r->b, r->q, VIEW_READ, e);
+
+    if (!rc)
+        rc = backend_view(r->b, r->k, VIEW_READ, e);
+    return rc ? rc : backend_view(r->b, r->v, VIEW_READ, e);
+}
+
+/* The replay's own scores. */
+static int score_replay(struct run *r, const struct replay_rows *x, struct larder_err *e)
+{
+    int rc = look(r, e);
+
+    if (!rc)
+        rc = replay_score(r->b, r->replay, x, r->replayed, e);
+    return rc ? rc : set_scores(r, r->replayed, e);
+}
+
+/* Those of the match, which then knows what a fit needs. */
+static int score_match(struct run *r, const struct replay_rows *x, struct larder_err *e)
+{
+    const float *score = NULL;
+    int rc = look(r, e);
+
+    if (!rc)
+        rc = match_layer(r->match, x, r->v, &score, e);
+    return rc ? rc : set_scores(r, score, e);
 }
 
 static int observe(struct run *r, uint32_t layer, struct larder_err *e)
 {
     struct replay_rows x = {r->q, r->k, r->stride, r->worth, r->length};
-    const float *score = NULL;
     bool plain = any_is_plain(r);
-    int rc = backend_view(r->b, r->q, VIEW_READ, e);
+    int rc = r->worth ? weigh(r, layer, e) : 0;
 
-    if (!rc)
-        rc = backend_view(r->b, r->k, VIEW_READ, e);
-    if (!rc)
-        rc = backend_view(r->b, r->v, VIEW_READ, e);
-    if (!rc && r->worth)
-        rc = weigh(r, layer, e);
     if (!rc && plain)
-        rc = replay_score(r->b, r->replay, &x, r->replayed, e);
+        rc = score_replay(r, &x, e);
     if (!rc)
-        rc = keep_rows(r, layer, plain ? r->replayed : NULL, false, e);
-    if (!rc && r->match)
-        rc = match_layer(r->match, &x, r->v, &score, e);
-    if (!rc && r->match)
-        rc = keep_rows(r, layer, score, true, e);
+        rc = choose_rows(r, layer, plain, false, e);
     if (!rc && r->watch)
         rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
+    if (!rc && r->match)
+        rc = score_match(r, &x, e);
+    if (!rc && r->match)
+        rc = choose_rows(r, layer, true, true, e);
     return rc;
 }
 

@@ -1,6 +1,7 @@
 /* fake_device.c - cuda_device for tests: memory is malloc'd, kernels run through the shim.
  *
- * Fresh memory is NaN, every lane runs at once, and a product is the plainest loop. */
+ * Fresh memory is NaN, every lane but the one for what leaves runs at once, and a product is the
+ * plainest loop. */
 #include "fake_device.h"
 
 #include <stdlib.h>
@@ -10,15 +11,37 @@
 
 #define HEALTHY                                                                                    \
     {                                                                                              \
-        .info = {.name = "fake device", .driver = 13000, .runtime = 13000, .major = 9,             \
-                 .total = 8ull << 30, .free = 4ull << 30, .shared_max = 227 << 10},                \
+        .info = {.name = "fake device",                                                            \
+                 .driver = 13000,                                                                  \
+                 .runtime = 13000,                                                                 \
+                 .major = 9,                                                                       \
+                 .total = 8ull << 30,                                                              \
+                 .free = 4ull << 30,                                                               \
+                 .shared_max = 227 << 10},                                                         \
         .fail_rc = 700,                                                                            \
     }
 
 struct fake fake = HEALTHY;
 
+#define MAX_LEAVING 4096u
+
+static struct {
+    void *to;
+    const void *from;
+    uint64_t bytes;
+} leaving[MAX_LEAVING];
+static uint32_t n_leaving;
+
+static void all_leave(void)
+{
+    for (uint32_t i = 0; i < n_leaving; i++)
+        memcpy(leaving[i].to, leaving[i].from, leaving[i].bytes);
+    n_leaving = 0;
+}
+
 void fake_reset(void)
 {
+    n_leaving = 0;
     fake = (struct fake)HEALTHY;
 }
 
@@ -84,6 +107,7 @@ static void fake_release(void *d, void *p)
     uint64_t bytes;
 
     (void)d;
+    all_leave();
     memcpy(&bytes, (uint8_t *)p - 256, sizeof bytes);
     memset(p, 0xff, bytes);
     fake.used -= bytes;
@@ -104,6 +128,7 @@ static int fake_pin(void *d, uint64_t bytes, void **ret)
 static void fake_unpin(void *d, void *p)
 {
     (void)d;
+    all_leave();
     fake.n_live--;
     free((uint8_t *)p - 256);
 }
@@ -114,11 +139,17 @@ static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum c
     int rc = step(FAKE_COPY);
 
     (void)d;
-    (void)way;
-    (void)lane;
-    if (!rc)
+    if (rc)
+        return rc;
+    fake.down += way == CUDA_TO_HOST ? bytes : 0;
+    if (lane == CUDA_LEAVE && n_leaving < MAX_LEAVING) {
+        leaving[n_leaving].to = to;
+        leaving[n_leaving].from = from;
+        leaving[n_leaving++].bytes = bytes;
+    } else {
         memcpy(to, from, bytes);
-    return rc;
+    }
+    return 0;
 }
 
 static int fake_zero(void *d, void *to, uint64_t bytes, enum cuda_lane lane)
@@ -143,22 +174,24 @@ static int fake_mark(void *d, uint32_t mark, enum cuda_lane lane)
 static int fake_wait(void *d, uint32_t mark, enum cuda_lane lane)
 {
     (void)d;
-    (void)mark;
-    (void)lane;
+    if (mark == CUDA_MARK_LEFT && lane != CUDA_LEAVE)
+        all_leave();
     return step(FAKE_WAIT);
 }
 
 static int fake_sync_mark(void *d, uint32_t mark)
 {
     (void)d;
-    (void)mark;
+    if (mark == CUDA_MARK_LEFT)
+        all_leave();
     return step(FAKE_SYNC);
 }
 
 static int fake_sync(void *d, enum cuda_lane lane)
 {
     (void)d;
-    (void)lane;
+    if (lane == CUDA_LEAVE)
+        all_leave();
     return step(FAKE_SYNC);
 }
 

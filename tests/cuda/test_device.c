@@ -1,5 +1,5 @@
-/* Backend `cuda` on a GPU: products, whole prefills of the fake model against `ref`, the same bytes
- * twice, and a device whose memory is gone. Exit status 77: there is no GPU. */
+/* Backend `cuda` on a GPU: products, whole prefills of the fake model and what they keep against
+ * `ref`, the same bytes twice, and a device whose memory is gone. Exit status 77: there is no GPU. */
 #include "testlib.h"
 
 #include <math.h>
@@ -19,7 +19,8 @@ static int open_on(const struct backend_ops *ops, const struct model *m, enum kv
     return ops->open(ret, m, &o, e);
 }
 
-static void prefill(struct backend *b, uint32_t n, float *logits)
+static void prefill_by(struct backend *b, const char *policy, uint32_t n,
+                       const struct engine_sink *sink, float *logits)
 {
     uint32_t ids[FAKE_POSITIONS];
     struct engine_doc doc = {ids, n, NULL, NULL};
@@ -30,11 +31,16 @@ static void prefill(struct backend *b, uint32_t n, float *logits)
 
     for (uint32_t i = 0; i < n; i++)
         ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
-    assert_int_equal(policy_parse("full", &p, NULL), 0);
-    if (engine_prefill(b, &doc, &p, NULL, &r, &e))
-        fail_msg("%s", e.msg);
+    assert_int_equal(policy_parse(policy, &p, NULL), 0);
+    if (engine_prefill(b, &doc, &p, sink, &r, &e))
+        fail_msg("%s: %s", policy, e.msg);
     memcpy(logits, r.logits, FAKE_VOCAB * sizeof *logits);
     engine_result_done(&r);
+}
+
+static void prefill(struct backend *b, uint32_t n, float *logits)
+{
+    prefill_by(b, "full", n, NULL, logits);
 }
 
 static void prefill_on(const struct backend_ops *ops, enum kv_dtype dtype, bool stream, uint32_t n,
@@ -85,6 +91,81 @@ static void the_same_input_gives_the_same_bytes(void **state)
         assert_memory_equal(first, again, sizeof first);
     }
 }
+
+/* ---- what is kept */
+
+struct kept {
+    bool row[FAKE_LAYERS][FAKE_KV_HEADS][N];
+    float k[FAKE_LAYERS][FAKE_KV_HEADS][N][FAKE_HEAD_DIM];
+};
+
+static int take_layer(void *arg, uint32_t layer, const struct kept_rows *heads,
+                      struct larder_err *e)
+{
+    struct kept *to = arg;
+
+    (void)e;
+    for (uint32_t g = 0; g < FAKE_KV_HEADS; g++)
+        for (uint32_t i = 0; i < heads[g].n_rows; i++) {
+            uint32_t at = heads[g].position[i];
+
+            to->row[layer][g][at] = true;
+            memcpy(to->k[layer][g][at], (const float *)heads[g].k + i * FAKE_HEAD_DIM,
+                   sizeof to->k[layer][g][at]);
+        }
+    return 0;
+}
+
+static void keep_on(const struct backend_ops *ops, const char *policy, struct kept *ret)
+{
+    struct engine_sink sink = {ret, take_layer, NULL};
+    struct model m = fake_model();
+    struct larder_err e = {0, ""};
+    struct backend *b;
+    float logits[FAKE_VOCAB];
+
+    memset(ret, 0, sizeof *ret);
+    if (open_on(ops, &m, KV_F32, false, &b, &e))
+        fail_msg("%s", e.msg);
+    prefill_by(b, policy, N, &sink, logits);
+    b->ops->close(b);
+}
+
+/* Chosen on the device, from scores that differ in their last digits: near ties may flip. */
+static void kept_rows_are_those_of_ref(void **state)
+{
+    static const char *const policy[] = {"full",
+                                         "snapkv,rows=25%,w=8,pool=3",
+                                         "snapkv,rows=40,w=8,pool=5,poolkind=max,sink=2",
+                                         "fastkv,w=8,pool=3,layer=2,rows=30,select=60",
+                                         "asl,w=8,pool=3,lmin=3,lobs=3,rows=25%,select=60",
+                                         "kvzip,rows=25%,shape=uniform",
+                                         "kvzip,rows=25%"};
+    static struct kept want, got, again;
+
+    (void)state;
+    for (size_t p = 0; p < sizeof policy / sizeof *policy; p++) {
+        uint32_t all = 0, other = 0;
+
+        keep_on(&backend_ref, policy[p], &want);
+        keep_on(&backend_cuda, policy[p], &got);
+        keep_on(&backend_cuda, policy[p], &again);
+        assert_memory_equal(&got, &again, sizeof got);
+        for (int i = 0; i < FAKE_LAYERS * FAKE_KV_HEADS * N; i++) {
+            bool *w = &want.row[0][0][0] + i, *g = &got.row[0][0][0] + i;
+
+            all += *w;
+            other += *w != *g;
+            for (int c = 0; c < FAKE_HEAD_DIM && *w && *g; c++)
+                assert_true(fabsf((&want.k[0][0][0][0])[i * FAKE_HEAD_DIM + c] -
+                                  (&got.k[0][0][0][0])[i * FAKE_HEAD_DIM + c]) < 1e-2f);
+        }
+        if (50 * other > all)
+            fail_msg("%s: of %u rows %u differ", policy[p], all, other);
+    }
+}
+
+/* ---- products */
 
 /* y += x w^T of shapes that models have, with TF32 and emulation off in f32. */
 static void check_product(void *d, uint32_t n, uint32_t n_in, uint32_t n_out, bool bf16)
@@ -196,6 +277,7 @@ int main(void)
         cmocka_unit_test(products_are_exact_to_f32),
         cmocka_unit_test(logits_are_those_of_ref),
         cmocka_unit_test(the_same_input_gives_the_same_bytes),
+        cmocka_unit_test(kept_rows_are_those_of_ref),
         cmocka_unit_test(memory_that_is_gone_is_a_named_error),
     };
     struct larder_err e = {0, ""};
