@@ -64,6 +64,8 @@ enum cuda_room {
     ROOM_PART,
     ROOM_MOVED, /* rows on their way to where they came from */
     ROOM_FROM,
+    ROOM_WORTH,
+    ROOM_LENGTH,
     CUDA_ROOMS,
 };
 
@@ -162,6 +164,8 @@ struct cuda_reader {
     struct larder_err e;
 };
 
+struct replay_ask; /* select_ops.h */
+
 struct cuda_backend {
     struct backend base; /* first, so that it is one */
     const struct cuda_driver *d;
@@ -175,7 +179,8 @@ struct cuda_backend {
     uint64_t room_bytes[CUDA_ROOMS];
     struct cuda_twin *twins;
     uint64_t used, peak;
-    bool poison; /* tests: what is not valid on the host is NaN */
+    bool poison;          /* tests: what is not valid on the host is NaN */
+    uint64_t logit_bytes; /* logits of a replay that exist at once; tests have less */
 
     struct cuda_weights_size size;
     bool stream, resident;
@@ -278,6 +283,7 @@ int cuda_window_mass(struct cuda_backend *b, const struct window_mass *x, float 
 int cuda_resume(struct backend *b, const struct resume *r, struct larder_err *e);
 
 extern const struct select_ops cuda_select; /* cuda_select.c */
+int cuda_replay(struct backend *b, const struct replay_ask *x, struct larder_err *e);
 
 /* Rows of a caller on the device: [heads][stride][d], in place or copied to a room. */
 struct cuda_rows {

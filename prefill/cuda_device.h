@@ -36,6 +36,8 @@ struct cuda_gemm {
     uint64_t ldx, ldy;
     uint32_t n, n_in, n_out;
     bool bf16, add;
+    uint32_t batch;              /* more than 1: so many products by the same w, */
+    uint64_t x_stride, y_stride; /* whose x and y are so far apart */
 };
 
 enum cuda_way { CUDA_TO_DEVICE, CUDA_TO_HOST, CUDA_ON_DEVICE };

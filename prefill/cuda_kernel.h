@@ -35,13 +35,16 @@ enum cuda_kernel {
     CUDA_WINDOW_LOGITS,
     CUDA_WINDOW_STATS,
     CUDA_WINDOW_MASS,
-    CUDA_POOL, /* arguments from here on: cuda_select.h */
+    CUDA_POOL, /* cuda_select.h */
     CUDA_TOKENS,
     CUDA_RANK,
     CUDA_SPREAD,
     CUDA_SPREAD_SUM,
     CUDA_TOP,
-    CUDA_GATHER, /* variant: bytes of a unit */
+    CUDA_GATHER,       /* variant: bytes of a unit */
+    CUDA_REPLAY_STATS, /* cuda_replay.h */
+    CUDA_REPLAY_PART,
+    CUDA_REPLAY_SCORE,
     CUDA_KERNELS,
 };
 

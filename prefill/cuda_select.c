@@ -284,4 +284,5 @@ const struct select_ops cuda_select = {
     .variance = variance,
     .top = top,
     .gather = gather,
+    .replay = cuda_replay,
 };

@@ -67,6 +67,26 @@ struct gather {
     void *to;              /* `from`: rows move down in place */
 };
 
+/* Rows of the document that are normalised together, with the first rows of all, and the replay
+ * rows (after the document's) that ask for them. */
+struct replay_part {
+    uint32_t row, n_rows;
+    uint32_t first, n;
+};
+
+/* replay_score(): the largest probability; or, `square`, match_layer()'s score: the mean square
+ * over n_queries, of replay rows that do not see each other. */
+struct replay_ask {
+    const void *q, *k; /* [heads][stride][head_dim]: rows of the document, then of the replay */
+    uint32_t stride, n_doc;
+    const struct replay_part *part;
+    uint32_t n_parts;
+    bool square;
+    uint32_t n_queries;
+    const float *worth, *length; /* replay.h; or NULL */
+    double *score;               /* [n_kv_heads][n_doc]; 0 for rows of no part */
+};
+
 struct select_ops {
     int (*window)(struct backend *b, const struct window_score *x, struct larder_err *e);
     int (*rank)(struct backend *b, const struct token_rank *x, struct larder_err *e);
@@ -74,6 +94,7 @@ struct select_ops {
                     struct larder_err *e);
     int (*top)(struct backend *b, const struct top_rows *x, struct larder_err *e);
     int (*gather)(struct backend *b, const struct gather *x, struct larder_err *e);
+    int (*replay)(struct backend *b, const struct replay_ask *x, struct larder_err *e);
 };
 
 #endif

@@ -200,21 +200,30 @@ static float element(const void *x, bool is_bf16, uint64_t i)
     return is_bf16 ? bf16_to_f32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
+static void product(const struct cuda_gemm *g, uint64_t x0, float *y0)
+{
+    for (uint64_t i = 0; i < g->n; i++)
+        for (uint64_t j = 0; j < g->n_out; j++) {
+            float *y = y0 + i * g->ldy + j, sum = 0;
+
+            for (uint64_t k = 0; k < g->n_in; k++)
+                sum += element(g->x, g->bf16, x0 + i * g->ldx + k) *
+                       element(g->w, g->bf16, j * g->n_in + k);
+            *y = g->add ? *y + sum : sum;
+        }
+}
+
 static int fake_gemm(void *d, const struct cuda_gemm *g)
 {
     int rc = step(FAKE_GEMM);
 
     (void)d;
-    for (uint64_t i = 0; i < g->n && !rc; i++)
-        for (uint64_t j = 0; j < g->n_out; j++) {
-            float *y = g->y + i * g->ldy + j, sum = 0;
-
-            for (uint64_t k = 0; k < g->n_in; k++)
-                sum += element(g->x, g->bf16, i * g->ldx + k) *
-                       element(g->w, g->bf16, j * g->n_in + k);
-            *y = g->add ? *y + sum : sum;
-        }
-    return rc;
+    if (rc)
+        return rc;
+    product(g, 0, g->y);
+    for (uint64_t i = 1; i < g->batch; i++)
+        product(g, i * g->x_stride, g->y + i * g->y_stride);
+    return 0;
 }
 
 static int fake_launch(void *d, const struct cuda_launch *l)

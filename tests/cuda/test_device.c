@@ -139,7 +139,8 @@ static void kept_rows_are_those_of_ref(void **state)
                                          "snapkv,rows=40,w=8,pool=5,poolkind=max,sink=2",
                                          "fastkv,w=8,pool=3,layer=2,rows=30,select=60",
                                          "asl,w=8,pool=3,lmin=3,lobs=3,rows=25%,select=60",
-                                         "kvzip,rows=25%,shape=uniform",
+                                         "kvzip,rows=25%,shape=uniform,chunk=64",
+                                         "kvzip+,rows=25%,shape=uniform,chunk=64",
                                          "kvzip,rows=25%"};
     static struct kept want, got, again;
 
@@ -217,6 +218,59 @@ static void check_product(void *d, uint32_t n, uint32_t n_in, uint32_t n_out, bo
     free(narrow);
 }
 
+/* Products of one batch by the same matrix, into parts of wider rows: as one by one. */
+static void batched_products_are_those_one_by_one(void **state)
+{
+    enum { BATCH = 3, ROWS = 33, IN = 64, OUT = 40, X_FAR = 50 * IN, LD = 72, Y_FAR = ROWS * LD };
+    static uint16_t narrow[BATCH * X_FAR + OUT * IN];
+    static float x[BATCH * X_FAR + OUT * IN], one[BATCH * Y_FAR], all[BATCH * Y_FAR];
+    struct cuda_info info;
+    uint64_t seed = 5;
+    void *d, *dx, *dy;
+
+    (void)state;
+    assert_int_equal(cuda_device.open(&d, &info, NULL), 0);
+    assert_int_equal(cuda_device.alloc(d, sizeof x, &dx), 0);
+    assert_int_equal(cuda_device.alloc(d, sizeof all, &dy), 0);
+    for (size_t i = 0; i < sizeof x / sizeof *x; i++) {
+        x[i] = test_randf(&seed);
+        narrow[i] = f32_to_bf16(x[i]);
+    }
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        uint64_t elem = bf16 ? 2 : 4;
+        struct cuda_gemm g = {.x = dx,
+                              .w = (uint8_t *)dx + BATCH * X_FAR * elem,
+                              .ldx = IN,
+                              .ldy = LD,
+                              .n = ROWS,
+                              .n_in = IN,
+                              .n_out = OUT,
+                              .bf16 = bf16};
+
+        cuda_device.copy(d, dx, bf16 ? (void *)narrow : x, bf16 ? sizeof narrow : sizeof x,
+                         CUDA_TO_DEVICE, CUDA_COMPUTE);
+        for (int batched = 0; batched < 2; batched++) {
+            cuda_device.zero(d, dy, sizeof all, CUDA_COMPUTE);
+            for (int i = 0; i < (batched ? 1 : BATCH); i++) {
+                g.x = (uint8_t *)dx + i * X_FAR * elem;
+                g.y = (float *)dy + i * Y_FAR + 16;
+                g.batch = batched ? BATCH : 1;
+                g.x_stride = X_FAR;
+                g.y_stride = Y_FAR;
+                assert_int_equal(cuda_device.gemm(d, &g), 0);
+            }
+            cuda_device.copy(d, batched ? all : one, dy, sizeof all, CUDA_TO_HOST, CUDA_COMPUTE);
+            assert_int_equal(cuda_device.sync(d, CUDA_COMPUTE), 0);
+        }
+        for (int i = 0; i < BATCH * Y_FAR; i++)
+            assert_true(fabsf(one[i] - all[i]) < 1e-5f);
+        assert_true(one[16] != 0 && one[15] == 0 && all[16 + OUT] == 0);
+    }
+    cuda_device.release(d, dx);
+    cuda_device.release(d, dy);
+    cuda_device.close(d);
+}
+
 static void products_are_exact_to_f32(void **state)
 {
     const uint32_t rows[] = {1, 31, 33, 257};
@@ -275,6 +329,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(products_are_exact_to_f32),
+        cmocka_unit_test(batched_products_are_those_one_by_one),
         cmocka_unit_test(logits_are_those_of_ref),
         cmocka_unit_test(the_same_input_gives_the_same_bytes),
         cmocka_unit_test(kept_rows_are_those_of_ref),
