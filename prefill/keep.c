@@ -22,18 +22,6 @@ static uint64_t row_bytes(const struct keep *k)
     return (uint64_t)kv_dtype_bytes(k->elem) * k->geom->head_dim;
 }
 
-/* Rows that one layer's heads keep together, at most. */
-static uint64_t room(const struct keep *k)
-{
-    uint32_t n_kv = k->geom->n_kv_heads;
-
-    if (k->rows >= k->n)
-        return 0; /* rows are handed on where they are */
-    if (k->policy->shape == SHAPE_UNIFORM)
-        return (uint64_t)k->rows * n_kv;
-    return (uint64_t)k->n * n_kv;
-}
-
 /* Heads as they are before any layer has passed. */
 static void plain_heads(const struct keep *k, struct scored_head *h, uint32_t n_heads)
 {
@@ -78,6 +66,41 @@ static bool counts_early(const struct keep *k)
     return s == SHAPE_SHARES || s == SHAPE_HEADS || s == SHAPE_PYRAMID;
 }
 
+/* Counts that are known before a layer passes; memory for those that the last one decides. */
+static int count_early(struct keep *k, struct larder_err *e)
+{
+    enum shape_kind s = k->policy->shape;
+
+    if (!counts_early(k) && s != SHAPE_GLOBAL)
+        return 0;
+    k->count = mem_alloc((uint64_t)k->geom->n_layers * k->geom->n_kv_heads, sizeof *k->count);
+    if (!k->count)
+        return no_memory(e, k->n);
+    if (s == SHAPE_PYRAMID)
+        count_pyramid(k);
+    return s == SHAPE_SHARES || s == SHAPE_HEADS ? count_shares(k, e) : 0;
+}
+
+/* Rows that one layer's heads keep together, at most. */
+static uint64_t room(const struct keep *k)
+{
+    uint32_t n_kv = k->geom->n_kv_heads;
+    uint64_t most = 0;
+
+    if (k->policy->shape == SHAPE_UNIFORM)
+        return (uint64_t)k->rows * n_kv;
+    if (!counts_early(k))
+        return (uint64_t)k->n * n_kv;
+    for (uint32_t l = 0; l < k->geom->n_layers; l++) {
+        uint64_t n = 0;
+
+        for (uint32_t g = 0; g < n_kv; g++)
+            n += k->count[l * n_kv + g];
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
 static void *new_rows(const struct keep *k, uint64_t size)
 {
     return k->select ? backend_staging_new(k->b, k->n_out, size) : mem_aligned(k->n_out, size);
@@ -96,9 +119,15 @@ int keep_init(struct keep *k, struct backend *b, const struct policy *p, uint32_
 {
     const struct kv_geom *geom = &b->p->geom;
     uint32_t n_kv = geom->n_kv_heads;
+    int rc = 0;
 
     *k = (struct keep){.b = b, .policy = p, .geom = geom, .elem = b->elem, .n = n, .rows = rows};
-    k->n_room = k->n_out = room(k);
+    if (rows < n) { /* or else rows are handed on where they are */
+        rc = count_early(k, e);
+        k->n_room = k->n_out = rc ? 0 : room(k);
+    }
+    if (rc)
+        return rc;
     k->select = keep_waits(k) ? NULL : b->ops->select; /* those are the host's by then */
     if (k->select && !k->n_out)
         k->n_out = (uint64_t)n * n_kv; /* all leave, but they leave */
@@ -108,16 +137,9 @@ int keep_init(struct keep *k, struct backend *b, const struct policy *p, uint32_
     k->position = mem_alloc(k->n_out, sizeof *k->position);
     k->k = new_rows(k, row_bytes(k));
     k->v = new_rows(k, row_bytes(k));
-    if (!k->now || !k->heads || !k->index || !k->position || !k->k || !k->v)
-        return no_memory(e, n);
-    if (!k->n_room || (!counts_early(k) && p->shape != SHAPE_GLOBAL))
+    if (k->now && k->heads && k->index && k->position && k->k && k->v)
         return 0;
-    k->count = mem_alloc((uint64_t)geom->n_layers * n_kv, sizeof *k->count);
-    if (!k->count)
-        return no_memory(e, n);
-    if (p->shape == SHAPE_PYRAMID)
-        count_pyramid(k);
-    return counts_early(k) && p->shape != SHAPE_PYRAMID ? count_shares(k, e) : 0;
+    return no_memory(e, n);
 }
 
 void keep_done(struct keep *k)
