@@ -61,7 +61,7 @@ enum cuda_room {
     ROOM_INDEX,
     ROOM_COUNTS,
     ROOM_BAD,
-    ROOM_PART,
+    ROOM_SUMS,
     ROOM_MOVED, /* rows on their way to where they came from */
     ROOM_FROM,
     ROOM_WORTH,

@@ -72,7 +72,7 @@ static int rooms(struct part *p, struct larder_err *e)
     if (!rc)
         rc = cuda_room(p->b, ROOM_STAT, rows * 2 * sizeof *a->stat, &stat, e);
     if (!rc)
-        rc = cuda_room(p->b, ROOM_PART, parts * a->n_rows * sizeof *a->part, &part, e);
+        rc = cuda_room(p->b, ROOM_SUMS, parts * a->n_rows * sizeof *a->part, &part, e);
     a->logit = logit;
     a->stat = stat;
     a->part = part;

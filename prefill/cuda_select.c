@@ -101,7 +101,7 @@ static int rank(struct backend *base, const struct token_rank *x, struct larder_
     int rc = scores_in(b, x->score, x->n_heads, x->ld, x->lo + x->m, &a.score, e);
 
     if (!rc)
-        rc = cuda_target(b, x->token, ROOM_PART, bytes, &to, e);
+        rc = cuda_target(b, x->token, ROOM_SUMS, bytes, &to, e);
     a.token = (double *)(void *)to;
     if (!rc)
         rc = cuda_run(b, cuda_grid_flat(CUDA_TOKENS, false, x->m, &a), e);
@@ -123,7 +123,7 @@ static int variance(struct backend *base, const struct rank_variance *x, double 
                          &ranks, e);
 
     if (!rc)
-        rc = cuda_room(b, ROOM_PART, 2 * (a.n_blocks + 1) * sizeof *a.part, &part, e);
+        rc = cuda_room(b, ROOM_SUMS, 2 * (a.n_blocks + 1) * sizeof *a.part, &part, e);
     if (rc)
         return rc;
     a.rank = (const uint32_t *)(const void *)ranks;
