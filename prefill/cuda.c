@@ -135,6 +135,7 @@ static int cuda_open(struct backend **ret, const struct model *m, const struct b
     b->stream = o->stream;
     b->elem = kv_dtype_bytes(o->dtype);
     b->d = &cuda_device;
+    b->logit_bytes = CUDA_WINDOW_BYTES;
     rc = pool_open(&b->pool, b->base.n_threads, e);
     if (!rc)
         rc = open_device(b, e);
@@ -169,4 +170,5 @@ const struct backend_ops backend_cuda = {
     .buffer_new = cuda_buffer_new,
     .buffer_free = cuda_buffer_free,
     .view = cuda_buffer_view,
+    .select = &cuda_select,
 };

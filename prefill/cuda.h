@@ -27,6 +27,9 @@
 #define CUDA_HEAD_ROWS 8192u             /* rows of the output matrix read at once */
 #define CUDA_LEAST_MAJOR 8               /* compute capability: bf16 tensor cores, cp.async */
 
+#define CUDA_MARK_CHOSEN (CUDA_MARKS - 2) /* what leaves is there */
+#define CUDA_MARK_LEFT (CUDA_MARKS - 1)   /* and has left */
+
 /* ---- memory (cuda_memory.c) */
 
 enum cuda_room {
@@ -54,6 +57,15 @@ enum cuda_room {
     ROOM_HEAD,
     ROOM_NORM,
     ROOM_LOGITS,
+    ROOM_SCORE, /* of callers in host memory: scores, ranks, lists */
+    ROOM_INDEX,
+    ROOM_COUNTS,
+    ROOM_BAD,
+    ROOM_SUMS,
+    ROOM_MOVED, /* rows on their way to where they came from */
+    ROOM_FROM,
+    ROOM_WORTH,
+    ROOM_LENGTH,
     CUDA_ROOMS,
 };
 
@@ -64,6 +76,8 @@ struct cuda_twin {
     uint64_t bytes;
     bool on_host, on_device; /* where it is valid */
     bool blank;              /* zeros that nobody has written to */
+    bool staging;            /* host memory is page-locked, */
+    bool leaving;            /* and what the device has is on its way there */
 };
 
 /* ---- planning (cuda_plan.c) */
@@ -77,7 +91,9 @@ struct cuda_weights_size {
 };
 
 struct cuda_plan {
-    uint64_t hidden, kv, weights, workspace, total;
+    uint64_t hidden, kv, weights, workspace;
+    uint64_t chosen; /* scores, ranks, and the rows that leave, at most */
+    uint64_t total;
     bool resident;
 };
 
@@ -148,6 +164,8 @@ struct cuda_reader {
     struct larder_err e;
 };
 
+struct replay_ask; /* select_ops.h */
+
 struct cuda_backend {
     struct backend base; /* first, so that it is one */
     const struct cuda_driver *d;
@@ -161,7 +179,8 @@ struct cuda_backend {
     uint64_t room_bytes[CUDA_ROOMS];
     struct cuda_twin *twins;
     uint64_t used, peak;
-    bool poison; /* tests: what is not valid on the host is NaN */
+    bool poison;          /* tests: what is not valid on the host is NaN */
+    uint64_t logit_bytes; /* logits of a replay that exist at once; tests have less */
 
     struct cuda_weights_size size;
     bool stream, resident;
@@ -201,7 +220,24 @@ int cuda_twin_find(struct cuda_backend *b, const void *p, bool writes, uint8_t *
                    struct larder_err *e);
 void cuda_memory_close(struct cuda_backend *b);
 
-void *cuda_buffer_new(struct backend *b, uint64_t count, uint64_t size);
+/* Device memory for what a call writes to p: that of a twin, whatever was in it before, or a room
+ * of `bytes`. */
+int cuda_target(struct cuda_backend *b, void *p, enum cuda_room room, uint64_t bytes, uint8_t **ret,
+                struct larder_err *e);
+/* What was written there: it stays where it is, or is on its way (staging), or is copied to p. */
+int cuda_deliver(struct cuda_backend *b, void *p, const void *device, uint64_t bytes,
+                 struct larder_err *e);
+/* A part of a staging buffer from anywhere on the device. */
+int cuda_leave(struct cuda_backend *b, struct cuda_twin *t, void *to, const void *device,
+               uint64_t bytes, struct larder_err *e);
+/* The device writes to it: the host's copy is not valid any more. */
+void cuda_taken(const struct cuda_backend *b, struct cuda_twin *t);
+struct cuda_twin *cuda_twin_of(struct cuda_backend *b, const void *p);
+/* `bytes` at p on the device: those of a twin, or copied to a room. */
+int cuda_source(struct cuda_backend *b, const void *p, enum cuda_room room, uint64_t bytes,
+                uint8_t **ret, struct larder_err *e);
+
+void *cuda_buffer_new(struct backend *b, uint64_t count, uint64_t size, bool staging);
 void cuda_buffer_free(struct backend *b, void *p);
 int cuda_buffer_view(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
 
@@ -241,7 +277,13 @@ int cuda_logits(struct backend *b, const struct head *h, const float *hidden, ui
                 float *out, struct larder_err *e);
 int cuda_attend(struct backend *b, const struct attend *a, struct larder_err *e);
 int cuda_window(struct backend *b, const struct window_mass *x, struct larder_err *e);
+/* The same; the mass stays on the device, in a room. */
+int cuda_window_mass(struct cuda_backend *b, const struct window_mass *x, float **ret,
+                     struct larder_err *e);
 int cuda_resume(struct backend *b, const struct resume *r, struct larder_err *e);
+
+extern const struct select_ops cuda_select; /* cuda_select.c */
+int cuda_replay(struct backend *b, const struct replay_ask *x, struct larder_err *e);
 
 /* Rows of a caller on the device: [heads][stride][d], in place or copied to a room. */
 struct cuda_rows {

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 
 #include "cuda_device.h"
-#include "geom.h"
 
 #define WORKSPACE (64ull << 20) /* cuBLAS recommends 32 MiB on Hopper */
 #define MAX_SHAPES 256u
@@ -23,6 +22,8 @@ struct shape {
     uint32_t n, n_in, n_out;
     bool bf16, add;
     uint64_t ldx, ldy;
+    uint32_t batch;
+    uint64_t x_stride, y_stride;
     uint32_t align; /* of all three matrices */
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t w, x, y;
@@ -32,7 +33,7 @@ struct shape {
 struct device {
     int index;
     cudaStream_t lane[CUDA_LANES];
-    cudaEvent_t mark[2 * KV_MAX_LAYERS];
+    cudaEvent_t mark[CUDA_MARKS];
     cublasLtHandle_t lt;
     void *workspace;
     struct shape shape[MAX_SHAPES];
@@ -229,6 +230,19 @@ int sync(void *d, enum cuda_lane lane)
 
 /* ---- products */
 
+/* One matrix of a batch after the other; 0 apart: the same one. */
+int apart(cublasLtMatrixLayout_t m, uint32_t batch, uint64_t stride)
+{
+    const int32_t count = (int32_t)batch;
+    const int64_t far = (int64_t)stride;
+    int rc = lt_rc(cublasLtMatrixLayoutSetAttribute(m, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                                    sizeof count));
+
+    return rc ? rc
+              : lt_rc(cublasLtMatrixLayoutSetAttribute(
+                    m, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &far, sizeof far));
+}
+
 int describe(struct shape *s)
 {
     const cublasOperation_t turned = CUBLAS_OP_T;
@@ -246,13 +260,20 @@ int describe(struct shape *s)
         rc = lt_rc(cublasLtMatrixLayoutCreate(&s->x, t, s->n_in, s->n, (int64_t)s->ldx));
     if (!rc)
         rc = lt_rc(cublasLtMatrixLayoutCreate(&s->y, CUDA_R_32F, s->n_out, s->n, (int64_t)s->ldy));
-    return rc;
+    if (rc || s->batch <= 1)
+        return rc;
+    rc = apart(s->w, s->batch, 0);
+    if (!rc)
+        rc = apart(s->x, s->batch, s->x_stride);
+    return rc ? rc : apart(s->y, s->batch, s->y_stride);
 }
 
 /* Rows in the middle of a buffer start anywhere; cuBLASLt takes 256 bytes for granted. */
 uint32_t alignment(const struct cuda_gemm *g)
 {
     uintptr_t bits = (uintptr_t)g->x | (uintptr_t)g->w | (uintptr_t)g->y | 256;
+
+    bits |= g->x_stride * (g->bf16 ? 2 : 4) | g->y_stride * 4;
 
     return (uint32_t)(bits & -bits);
 }
@@ -320,8 +341,8 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     for (uint32_t i = 0; i < d->n_shapes; i++) {
         s = &d->shape[i];
         if (s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
-            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy &&
-            s->align == alignment(g)) {
+            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy && s->batch == g->batch &&
+            s->x_stride == g->x_stride && s->y_stride == g->y_stride && s->align == alignment(g)) {
             *ret = s;
             return 0;
         }
@@ -337,6 +358,9 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     s->add = g->add;
     s->ldx = g->ldx;
     s->ldy = g->ldy;
+    s->batch = g->batch;
+    s->x_stride = g->x_stride;
+    s->y_stride = g->y_stride;
     s->align = alignment(g);
     rc = describe(s);
     if (!rc)

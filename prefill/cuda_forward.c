@@ -263,12 +263,12 @@ int cuda_attend(struct backend *base, const struct attend *t, struct larder_err 
 
 /* ---- window mass */
 
-int cuda_window(struct backend *base, const struct window_mass *x, struct larder_err *e)
+int cuda_window_mass(struct cuda_backend *b, const struct window_mass *x, float **ret,
+                     struct larder_err *e)
 {
-    struct cuda_backend *b = cuda_of(base);
-    const struct kv_geom *g = &base->p->geom;
+    const struct kv_geom *g = &b->base.p->geom;
     uint32_t n = x->n, w = x->w, batch = cuda_window_batch(g->n_heads, n, w);
-    uint64_t mass_bytes = (uint64_t)g->n_heads * (n - w) * sizeof *x->mass;
+    uint64_t mass_bytes = (uint64_t)g->n_heads * (n - w) * sizeof(float);
     struct cuda_window_args a = {.n = n,
                                  .w = w,
                                  .d = g->head_dim,
@@ -302,7 +302,17 @@ int cuda_window(struct backend *base, const struct window_mass *x, struct larder
         if (!rc)
             rc = cuda_run(b, cuda_grid_window(CUDA_WINDOW_MASS, b->bf16, &a), e);
     }
-    return rc ? rc : cuda_down(b, x->mass, out, mass_bytes, e);
+    *ret = out;
+    return rc;
+}
+
+int cuda_window(struct backend *base, const struct window_mass *x, struct larder_err *e)
+{
+    uint64_t bytes = (uint64_t)base->p->geom.n_heads * (x->n - x->w) * sizeof *x->mass;
+    float *mass = NULL;
+    int rc = cuda_window_mass(cuda_of(base), x, &mass, e);
+
+    return rc ? rc : cuda_down(cuda_of(base), x->mass, mass, bytes, e);
 }
 
 /* ---- logits */

@@ -35,10 +35,20 @@ enum cuda_kernel {
     CUDA_WINDOW_LOGITS,
     CUDA_WINDOW_STATS,
     CUDA_WINDOW_MASS,
+    CUDA_POOL, /* cuda_select.h */
+    CUDA_TOKENS,
+    CUDA_RANK,
+    CUDA_SPREAD,
+    CUDA_SPREAD_SUM,
+    CUDA_TOP,
+    CUDA_GATHER,       /* variant: bytes of a unit */
+    CUDA_REPLAY_STATS, /* cuda_replay.h */
+    CUDA_REPLAY_PART,
+    CUDA_REPLAY_SCORE,
     CUDA_KERNELS,
 };
 
-enum cuda_lane { CUDA_COMPUTE, CUDA_COPY, CUDA_LANES };
+enum cuda_lane { CUDA_COMPUTE, CUDA_COPY, CUDA_LEAVE, CUDA_LANES };
 
 struct cuda_launch {
     enum cuda_kernel kernel;

@@ -3,6 +3,8 @@
  * The one idea: a launch follows from shapes alone - not from the device, its load or its free
  * memory - so that the same input takes the same sums in the same order. */
 #include "cuda.h"
+#include "cuda_replay.h"
+#include "cuda_select.h"
 
 #define FLAT_BLOCKS 16384u /* each thread then takes several elements */
 
@@ -100,6 +102,19 @@ int cuda_launch_any(const struct cuda_launch *l, void *stream)
     case CUDA_WINDOW_STATS:
     case CUDA_WINDOW_MASS:
         return cuda_launch_window(l, stream);
+    case CUDA_POOL:
+    case CUDA_TOKENS:
+    case CUDA_RANK:
+    case CUDA_SPREAD:
+    case CUDA_SPREAD_SUM:
+    case CUDA_TOP:
+        return cuda_launch_select(l, stream);
+    case CUDA_GATHER:
+        return cuda_launch_gather(l, stream);
+    case CUDA_REPLAY_STATS:
+    case CUDA_REPLAY_PART:
+    case CUDA_REPLAY_SCORE:
+        return cuda_launch_replay(l, stream);
     default:
         return cuda_launch_dequant(l, stream);
     }
@@ -118,6 +133,16 @@ static const char *const names[CUDA_KERNELS] = {
     [CUDA_WINDOW_LOGITS] = "window logits",
     [CUDA_WINDOW_STATS] = "window sums",
     [CUDA_WINDOW_MASS] = "window mass",
+    [CUDA_POOL] = "pooling",
+    [CUDA_TOKENS] = "the scores of tokens",
+    [CUDA_RANK] = "ranking",
+    [CUDA_SPREAD] = "the variance of ranks",
+    [CUDA_SPREAD_SUM] = "the variance of ranks",
+    [CUDA_TOP] = "choosing rows",
+    [CUDA_GATHER] = "gathering rows",
+    [CUDA_REPLAY_STATS] = "replay sums",
+    [CUDA_REPLAY_PART] = "replay probabilities",
+    [CUDA_REPLAY_SCORE] = "replay scores",
 };
 
 int cuda_run(struct cuda_backend *b, struct cuda_launch l, struct larder_err *e)

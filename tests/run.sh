@@ -94,9 +94,12 @@ for group in "$@"; do
     cuda) # make check-cuda
         at=${CUDA_DIR:?make check-cuda sets it}
         run "kernels on the GPU" 900 "$at/test_kernels"
+        run "choices on the GPU" 900 "$at/test_select"
         run "backend on the GPU" 900 "$at/test_device"
         for tool in memcheck racecheck; do
-            run "kernels under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_kernels"
+            for t in kernels select; do
+                run "$t under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_$t"
+            done
         done
         run "golden, cuda f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda
         run "golden, cuda bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda --dtype bf16
