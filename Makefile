@@ -229,7 +229,7 @@ $(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
 	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
 CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
-$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
+$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h tests/cuda/cuda_fixture.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
 $(CUDA_UNIT): LIBS_prefill += -lstdc++
 
@@ -284,7 +284,7 @@ check-golden: all $(B)/shim/larder-prefill-cuda
 
 # Models of every architecture, made at random by transformers, as directories and as GGUF (make
 # check has small ones). Skipped where tests/bench/setup-peers.sh has not been run.
-check-models: all
+check-models: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) models models-made
 
 # Token ids against the reference implementations, 100,000 strings for each family of tokenizers;

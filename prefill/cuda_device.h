@@ -11,13 +11,15 @@
 #define LARDER_CUDA_DEVICE_H
 
 #include "cuda_kernel.h"
+#include "geom.h"
 #include "larder_status.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define CUDA_OUT_OF_MEMORY 2               /* the driver's number for it */
+#define CUDA_OUT_OF_MEMORY 2           /* the driver's number for it */
+#define CUDA_MARKS (3 * KV_MAX_LAYERS) /* two of a slot of weights, one of held rows */
 
 struct cuda_info {
     char name[96];

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 
 #include "cuda_device.h"
-#include "geom.h"
 
 #define WORKSPACE (64ull << 20) /* cuBLAS recommends 32 MiB on Hopper */
 #define MAX_SHAPES 256u
@@ -32,7 +31,7 @@ struct shape {
 struct device {
     int index;
     cudaStream_t lane[CUDA_LANES];
-    cudaEvent_t mark[2 * KV_MAX_LAYERS];
+    cudaEvent_t mark[CUDA_MARKS];
     cublasLtHandle_t lt;
     void *workspace;
     struct shape shape[MAX_SHAPES];

@@ -32,27 +32,27 @@ static bool has_mma(uint32_t d)
     return d == 32 || d == 64 || d == 80 || d == 96 || d == 128;
 }
 
-struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool wide)
+struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool bf16_past)
 {
     uint32_t rows = a->n_rows - a->row0, d = a->d;
     struct cuda_launch l = {.bf16 = bf16, .args = a};
 
-    if (bf16 && !wide && has_mma(d)) {
+    if (bf16 && bf16_past && has_mma(d)) {
         l.kernel = CUDA_ATTEND_MMA;
         l.variant = d;
         l.block = 128;
         l.shared = (CUDA_MMA_ROWS + 4 * CUDA_MMA_KEYS) * (d + CUDA_MMA_PAD) * 2;
         l.grid[0] = blocks(rows, CUDA_MMA_ROWS);
+        l.grid[1] = a->n_heads;
     } else {
         l.kernel = CUDA_ATTEND;
-        l.variant = wide;
         l.block = CUDA_ATTEND_ROWS * 8;
         l.shared = ((CUDA_ATTEND_ROWS + 2 * CUDA_ATTEND_KEYS) * (d + 1) +
                     CUDA_ATTEND_ROWS * CUDA_ATTEND_KEYS) *
                    4;
-        l.grid[0] = blocks(rows, CUDA_ATTEND_ROWS);
+        l.grid[0] = blocks((uint64_t)rows * a->group, CUDA_ATTEND_ROWS);
+        l.grid[1] = a->n_heads / a->group;
     }
-    l.grid[1] = a->n_heads;
     l.grid[2] = 1;
     return l;
 }
@@ -111,8 +111,6 @@ static const char *const names[CUDA_KERNELS] = {
     [CUDA_ANGLES] = "the angles of RoPE",
     [CUDA_ROPE] = "RoPE",
     [CUDA_SWIGLU] = "SwiGLU",
-    [CUDA_PAST] = "expanding stored rows",
-    [CUDA_TAIL] = "joining rows",
     [CUDA_ATTEND] = "attention",
     [CUDA_ATTEND_MMA] = "attention on tensor cores",
     [CUDA_WINDOW_LOGITS] = "window logits",

@@ -24,15 +24,7 @@ int cuda_weights_size(const struct model *m, enum kv_dtype elem, struct cuda_wei
             return rc;
         s.raw = larger(s.raw, layout.raw);
         s.all_stored += layout.raw;
-        s.layer = 0;
-        for (uint32_t i = 0; i < CUDA_PARTS; i++) {
-            const struct cuda_part *x = &layout.part[i];
-            uint64_t bytes = x->which == MODEL_ATTN_NORM || x->which == MODEL_FFN_NORM
-                                 ? sizeof(float)
-                                 : kv_dtype_bytes(elem);
-
-            s.layer = larger(s.layer, x->to + (uint64_t)x->rows * x->cols * bytes);
-        }
+        s.layer = layout.bytes; /* of every layer */
     }
     model_weight_shape(m, MODEL_HEAD, &rows, &cols);
     s.head = (uint64_t)rows * cols * kv_dtype_bytes(elem);
@@ -58,8 +50,7 @@ struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_
     plan.kv = n * 2 * (q + kv) * bytes; /* Q and O, K and V */
     plan.weights = w->raw + (resident ? g->n_layers * w->layer + w->head : 2 * w->layer);
     plan.workspace = rows * (p->n_hidden * bytes + wide * sizeof(float) + p->n_ff * bytes) +
-                     rows * p->rope_dims * sizeof(float) + n * sizeof(uint32_t) +
-                     CUDA_WINDOW_BYTES;
+                     rows * p->rope_dims * sizeof(float) + n * sizeof(uint32_t) + CUDA_WINDOW_BYTES;
     plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace;
     return plan;
 }
@@ -75,7 +66,6 @@ int cuda_plan_check(const struct cuda_plan *plan, uint64_t n, const struct cuda_
                        "%llu tokens need %llu MiB of device memory (hidden states %llu, rows of a "
                        "layer %llu, weights %llu, workspace %llu) and %.60s had %llu MiB free; "
                        "shorten the document",
-                       (unsigned long long)n, plan->total / mib, plan->hidden / mib,
-                       plan->kv / mib, plan->weights / mib, plan->workspace / mib, info->name,
-                       info->free / mib);
+                       (unsigned long long)n, plan->total / mib, plan->hidden / mib, plan->kv / mib,
+                       plan->weights / mib, plan->workspace / mib, info->name, info->free / mib);
 }

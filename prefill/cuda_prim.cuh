@@ -46,6 +46,11 @@ PRIM float prim_shfl_xor(float x, int mask)
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+PRIM double prim_shfl_xor(double x, int mask)
+{
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
 PRIM void prim_syncwarp(void)
 {
     __syncwarp();

@@ -31,6 +31,7 @@ struct fake {
     long n_live;     /* allocations, pinned ones too */
     long kernels[CUDA_KERNELS];
     long copy_lane;  /* launches on the copy lane */
+    uint64_t sent;   /* bytes copied to the device on the copy lane */
 };
 
 extern struct fake fake;

@@ -31,6 +31,7 @@ alignas(16) uint8_t shared_bytes[SHARED];
 /* What the lanes of a warp show each other. */
 union shown {
     float x;
+    double wide;
     struct {
         uint32_t a[4], b[2];
     } mma;
@@ -180,6 +181,17 @@ float prim_shfl_xor(float x, int mask)
     lanes[current].x = x;
     meet_warp();
     y = warp_lanes()[(current % LANES) ^ (uint32_t)mask].x;
+    meet_warp();
+    return y;
+}
+
+double prim_shfl_xor(double x, int mask)
+{
+    double y;
+
+    lanes[current].wide = x;
+    meet_warp();
+    y = warp_lanes()[(current % LANES) ^ (uint32_t)mask].wide;
     meet_warp();
     return y;
 }
