@@ -43,9 +43,10 @@ CUDA_HOME ?= /usr/local/cuda
 NVCC ?= $(CUDA_HOME)/bin/nvcc
 CUDA_ARCHS ?= 80 90 100 120
 comma_sm = -gencode arch=compute_$1,code=sm_$1
+# PTX of the oldest: kernels use nothing newer, and a GPU with no code of its own compiles it.
 nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
     $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
-    -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+    -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
     $(if $(findstring dequant,$1),--fmad=false)
 LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++

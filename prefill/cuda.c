@@ -33,12 +33,26 @@ static int check_model(const struct model_params *p, struct larder_err *e)
     return 0;
 }
 
-static int check_device(const struct cuda_info *in, const struct model_params *p,
-                        struct larder_err *e)
+/* Shared memory of the block that takes the most. */
+static uint32_t most_shared(const struct model_params *p, bool bf16)
 {
     const struct cuda_attend_args a = {
         .n_rows = 1, .n_tail = 1, .n_heads = 1, .group = 1, .d = p->geom.head_dim};
-    uint32_t need = cuda_grid_attend(&a, false, true).shared;
+    const struct cuda_window_args w = {.n = 2, .w = 1, .n_batch = 1, .d = p->geom.head_dim};
+    const uint32_t need[] = {cuda_grid_attend(&a, bf16, true).shared,
+                             cuda_grid_attend(&a, bf16, false).shared,
+                             cuda_grid_window(CUDA_WINDOW_LOGITS, bf16, &w).shared};
+    uint32_t most = need[0];
+
+    for (int i = 1; i < 3; i++)
+        most = need[i] > most ? need[i] : most;
+    return most;
+}
+
+static int check_device(const struct cuda_info *in, const struct model_params *p, bool bf16,
+                        struct larder_err *e)
+{
+    uint32_t need = most_shared(p, bf16);
 
     if (in->major < CUDA_LEAST_MAJOR)
         return larder_fail(e, LARDER_EBACKEND,
@@ -85,7 +99,7 @@ static int open_device(struct cuda_backend *b, struct larder_err *e)
     int rc = b->d->open(&b->device, &b->info, e);
 
     if (!rc)
-        rc = check_device(&b->info, b->base.p, e);
+        rc = check_device(&b->info, b->base.p, b->bf16, e);
     if (!rc)
         rc = cuda_weights_open(b, e);
     if (!rc)

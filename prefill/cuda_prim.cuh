@@ -23,12 +23,10 @@
             rc_ = cudaFuncSetAttribute((const void *)kernel,                                       \
                                        cudaFuncAttributeMaxDynamicSharedMemorySize,                \
                                        (int)(l)->shared);                                          \
-        if (rc_ == cudaSuccess) {                                                                  \
+        if (rc_ == cudaSuccess)                                                                    \
             kernel<<<dim3((l)->grid[0], (l)->grid[1], (l)->grid[2]), (l)->block, (l)->shared,      \
                      (cudaStream_t)(stream)>>>(*(const type *)(l)->args);                          \
-            rc_ = cudaGetLastError();                                                              \
-        }                                                                                          \
-        return (int)rc_;                                                                           \
+        return (int)cudaGetLastError(); /* of the launch, or of what came before it */             \
     } while (0)
 
 PRIM uint32_t prim_bits(float x)

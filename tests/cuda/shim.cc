@@ -143,7 +143,10 @@ shim_index threadIdx, blockIdx, blockDim, gridDim;
 
 int shim_run(const struct cuda_launch *l, const std::function<void()> &kernel)
 {
-    if (l->block > 1024 || l->block % LANES || l->shared > SHARED)
+    const uint32_t *g = l->grid;
+
+    if (l->block > 1024 || l->block % LANES || l->shared > SHARED || !g[0] || !g[1] || !g[2] ||
+        g[0] > INT32_MAX || g[1] > UINT16_MAX || g[2] > UINT16_MAX)
         return 1; /* cudaErrorInvalidValue */
     body = &kernel;
     n_threads = l->block;

@@ -411,6 +411,9 @@ static void what_cannot_be_done_is_said_at_the_start(void **state)
     fake.info.shared_max = 1024;
     m = fake_model();
     expect_refusal(&m, LARDER_EBACKEND, "shared memory");
+    fake.info.shared_max = 64 << 10; /* the kernel on tensor cores takes more */
+    m.p.geom.head_dim = m.p.rope_dims = 128;
+    expect_refusal(&m, LARDER_EBACKEND, "heads of 128 elements need 87040");
 }
 
 static void a_document_that_does_not_fit_is_refused_with_its_plan(void **state)
