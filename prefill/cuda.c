@@ -37,7 +37,7 @@ static int check_model(const struct model_params *p, struct larder_err *e)
 static uint32_t most_shared(const struct model_params *p, bool bf16)
 {
     const struct cuda_attend_args a = {
-        .n_rows = 1, .n_tail = 1, .n_heads = 1, .group = 1, .d = p->geom.head_dim};
+        .n_rows = 64, .n_tail = 64, .n_heads = 1, .group = 1, .d = p->geom.head_dim};
     const struct cuda_window_args w = {.n = 2, .w = 1, .n_batch = 1, .d = p->geom.head_dim};
     const uint32_t need[] = {cuda_grid_attend(&a, bf16, true).shared,
                              cuda_grid_attend(&a, bf16, false).shared,

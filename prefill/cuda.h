@@ -43,6 +43,7 @@ enum cuda_room {
     ROOM_O,
     ROOM_PAST,       /* stored rows of a layer that nobody holds, as they came, */
     ROOM_PAST_TABLE, /* and where they are */
+    ROOM_PART,
     ROOM_LOGIT,
     ROOM_STAT,
     ROOM_MASS,
@@ -247,8 +248,11 @@ int cuda_past_ahead(struct cuda_backend *b, const struct past_rows *past, struct
 /* ---- geometry (cuda_launch.c): grids and shared memory, from shapes alone */
 struct cuda_launch cuda_grid_rows(enum cuda_kernel k, bool bf16, uint64_t rows, const void *args);
 struct cuda_launch cuda_grid_flat(enum cuda_kernel k, bool bf16, uint64_t n, const void *args);
+/* Blocks that share the keys, of which there are at most n_keys, of the same rows. */
+uint32_t cuda_attend_splits(const struct cuda_attend_args *a, uint32_t n_keys);
 /* bf16_past: what is stored, if anything is, is bf16. */
 struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool bf16_past);
+struct cuda_launch cuda_grid_merge(const struct cuda_attend_args *a, bool bf16);
 struct cuda_launch cuda_grid_window(enum cuda_kernel k, bool bf16,
                                     const struct cuda_window_args *a);
 /* Heads whose window logits exist at once. */

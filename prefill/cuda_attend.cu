@@ -4,7 +4,8 @@
  * and sum (online softmax, arXiv 1805.02867), so that no row of probabilities is ever whole in
  * memory. All query heads of a KV head are rows of the same blocks: its keys are read once for the
  * whole group, as they are stored. Eight neighbouring lanes share a row: they split its keys for
- * the logits and its channels for the values. */
+ * the logits and its channels for the values. Where few rows see many keys, each block takes a
+ * part of them, and a second kernel joins the parts. */
 #include "cuda_past.cuh"
 
 #define ROWS CUDA_ATTEND_ROWS
@@ -76,6 +77,20 @@ PRIM float row_sum(float x)
     return x;
 }
 
+/* Sums of a row over the keys of split s, relative to their maximum, which stands behind them. */
+PRIM float *part_of(const struct cuda_attend_args *a, uint32_t row, uint32_t h, uint32_t s)
+{
+    uint64_t at = (uint64_t)(row - a->row0) * a->n_heads + h;
+
+    return a->part + (at * a->n_splits + s) * (a->d + 2);
+}
+
+/* What makes them relative to `max`; a part without a key has no weight. */
+PRIM float weight_of(const float *part, uint32_t d, float max)
+{
+    return part[d] == max ? 1 : expf(part[d] - max);
+}
+
 template <typename T> __global__ void attend_kernel(struct cuda_attend_args a)
 {
     PRIM_SHARED(shared);
@@ -87,6 +102,7 @@ template <typename T> __global__ void attend_kernel(struct cuda_attend_args a)
     uint32_t n_past = past ? past->n_rows : 0, before = n_past + a.n_tail - a.n_rows;
     const float *bias = past ? past->bias : NULL;
     uint32_t at, row, n_keys, seen, from; /* the row sees keys from .. seen - 1 */
+    uint32_t begin, end, share;           /* keys of this block */
     float max = -INFINITY, sum = 0, acc[MINE];
 
     b.n = all - b.first < ROWS ? all - b.first : ROWS;
@@ -95,11 +111,15 @@ template <typename T> __global__ void attend_kernel(struct cuda_attend_args a)
     n_keys = before + row_of(&a, b.first + b.n - 1) + 1;
     seen = before + row + 1;
     from = sees_from(&a, past, row);
+    begin = sees_from(&a, past, row_of(&a, b.first));
+    share = ((n_keys - begin + KEYS - 1) / KEYS + a.n_splits - 1) / a.n_splits * KEYS;
+    begin += blockIdx.z * share;
+    end = n_keys < begin + share ? n_keys : begin + share;
     stage_queries<T>(q, &a, &b);
 #pragma unroll
     for (uint32_t i = 0; i < MINE; i++)
         acc[i] = 0;
-    for (uint32_t key0 = sees_from(&a, past, row_of(&a, b.first)); key0 < n_keys; key0 += KEYS) {
+    for (uint32_t key0 = begin; key0 < end; key0 += KEYS) {
         float x[KEYS / SHARE], top = -INFINITY, total = 0, keep;
 
         __syncthreads(); /* nobody reads the last keys any more */
@@ -146,7 +166,16 @@ template <typename T> __global__ void attend_kernel(struct cuda_attend_args a)
             }
         }
     }
-    if (r < b.n) {
+    if (r < b.n && a.n_splits > 1) {
+        float *to = part_of(&a, row, head_of(&a, at), blockIdx.z);
+
+#pragma unroll
+        for (uint32_t i = 0; i < MINE; i++)
+            if (lane + i * SHARE < d)
+                to[lane + i * SHARE] = acc[i];
+        to[d] = max; /* all lanes of a row have the same */
+        to[d + 1] = sum;
+    } else if (r < b.n) {
         T *o = (T *)a.o + ((uint64_t)row * a.n_heads + head_of(&a, at)) * d;
 
 #pragma unroll
@@ -156,8 +185,36 @@ template <typename T> __global__ void attend_kernel(struct cuda_attend_args a)
     }
 }
 
+/* Block: one row of one head. */
+template <typename T> __global__ void merge_kernel(struct cuda_attend_args a)
+{
+    uint32_t d = a.d, row = a.row0 + blockIdx.x / a.n_heads, h = blockIdx.x % a.n_heads;
+    const float *part = part_of(&a, row, h, 0);
+    T *o = (T *)a.o + ((uint64_t)row * a.n_heads + h) * d;
+    float max = -INFINITY, total = 0;
+
+    for (uint32_t s = 0; s < a.n_splits; s++) {
+        float x = part[s * (d + 2) + d];
+
+        max = x > max ? x : max;
+    }
+    for (uint32_t s = 0; s < a.n_splits; s++)
+        total += weight_of(part + s * (d + 2), d, max) * part[s * (d + 2) + d + 1];
+    for (uint32_t c = threadIdx.x; c < d; c += CUDA_ROW_BLOCK) {
+        float sum = 0;
+
+        for (uint32_t s = 0; s < a.n_splits; s++)
+            sum += weight_of(part + s * (d + 2), d, max) * part[s * (d + 2) + c];
+        prim_store(o + c, sum / total);
+    }
+}
+
 extern "C" int cuda_launch_attend(const struct cuda_launch *l, void *stream)
 {
+    if (l->kernel == CUDA_MERGE && l->bf16)
+        PRIM_LAUNCH(merge_kernel<uint16_t>, struct cuda_attend_args, l, stream);
+    if (l->kernel == CUDA_MERGE)
+        PRIM_LAUNCH(merge_kernel<float>, struct cuda_attend_args, l, stream);
     if (l->bf16)
         PRIM_LAUNCH(attend_kernel<uint16_t>, struct cuda_attend_args, l, stream);
     PRIM_LAUNCH(attend_kernel<float>, struct cuda_attend_args, l, stream);

@@ -15,6 +15,40 @@ static bool all_bf16(const struct past_rows *p, uint32_t n)
     return true;
 }
 
+static uint32_t longest(const struct past_rows *p, uint32_t n)
+{
+    uint32_t max = 0;
+
+    for (uint32_t h = 0; p && h < n; h++)
+        max = p[h].n_rows > max ? p[h].n_rows : max;
+    return max;
+}
+
+/* One kernel, or two where few rows see many keys. */
+static int launch(struct cuda_backend *b, struct cuda_attend_args *a, const struct past_rows *past,
+                  struct larder_err *e)
+{
+    uint32_t n_kv = b->base.p->geom.n_kv_heads;
+    struct cuda_launch l = cuda_grid_attend(a, b->bf16, all_bf16(past, n_kv));
+    void *part = NULL;
+    int rc = 0;
+
+    if (l.kernel != CUDA_ATTEND)
+        return cuda_run(b, l, e);
+    a->n_splits = l.grid[2] = cuda_attend_splits(a, longest(past, n_kv) + a->n_tail);
+    if (a->n_splits > 1)
+        rc = cuda_room(b, ROOM_PART,
+                       (uint64_t)(a->n_rows - a->row0) * a->n_heads * a->n_splits * (a->d + 2) *
+                           sizeof(float),
+                       &part, e);
+    a->part = part;
+    if (!rc)
+        rc = cuda_run(b, l, e);
+    if (rc || a->n_splits == 1)
+        return rc;
+    return cuda_run(b, cuda_grid_merge(a, b->bf16), e);
+}
+
 /* Rows row0 and up of the new ones. */
 static int attention(struct cuda_backend *b, const struct resume *r, uint32_t row0,
                      struct larder_err *e)
@@ -29,6 +63,7 @@ static int attention(struct cuda_backend *b, const struct resume *r, uint32_t ro
                                  .n_tail = r->n_tail,
                                  .sliding = r->sliding,
                                  .pos0 = r->pos0,
+                                 .n_splits = 1,
                                  .scale = (float)(1 / sqrt(g->head_dim))};
     struct cuda_past *past = NULL;
     struct cuda_rows q, k, v, o;
@@ -52,7 +87,7 @@ static int attention(struct cuda_backend *b, const struct resume *r, uint32_t ro
     a.o = o.device;
     a.q_stride = q.stride;
     a.kv_stride = k.stride;
-    rc = cuda_run(b, cuda_grid_attend(&a, b->bf16, all_bf16(r->past, g->n_kv_heads)), e);
+    rc = launch(b, &a, r->past, e);
     if (!rc && r->past)
         rc = cuda_past_ahead(b, r->past, e);
     if (!rc && o.copied) /* rows before row0 are the caller's */

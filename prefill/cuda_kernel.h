@@ -29,6 +29,7 @@ enum cuda_kernel {
     CUDA_ROPE,
     CUDA_SWIGLU,
     CUDA_ATTEND,     /* any head_dim and any stored rows, f32 products */
+    CUDA_MERGE,      /* what several blocks of CUDA_ATTEND made of the same rows */
     CUDA_ATTEND_MMA, /* bf16 tensor cores; variant: head_dim */
     CUDA_WINDOW_LOGITS,
     CUDA_WINDOW_STATS,
@@ -112,7 +113,8 @@ struct cuda_past {
 /* o[i][h] = softmax(q[h][i] . K / sqrt(d) + bias) V for rows row0 <= i < n_rows. Keys of a KV head
  * are its stored rows and behind them n_tail of the sequence's own, at positions pos0 and up; the
  * last n_rows of these are the rows i, of which each sees the keys up to its own that are less than
- * `sliding` positions before it (0: all of them). */
+ * `sliding` positions before it (0: all of them). CUDA_ATTEND deals the keys of few rows out to
+ * n_splits blocks, whose sums CUDA_MERGE joins in order. */
 struct cuda_attend_args {
     const void *q, *k, *v;
     void *o;                      /* [n_rows][n_heads * d] */
@@ -121,6 +123,8 @@ struct cuda_attend_args {
     uint32_t n_heads, group, d;
     uint32_t n_rows, row0, n_tail;
     uint32_t sliding, pos0;
+    uint32_t n_splits; /* 1: o is written at once */
+    float *part; /* [n_rows - row0][n_heads][n_splits][d + 2]: sums, their maximum and total */
     float scale;
 };
 
@@ -141,7 +145,9 @@ struct cuda_window_args {
 #define CUDA_ROW_BLOCK 256u  /* threads of row kernels */
 #define CUDA_ATTEND_ROWS 16u /* query rows of a block of CUDA_ATTEND, of all heads of a group */
 #define CUDA_ATTEND_KEYS 32u
-#define CUDA_MMA_ROWS 64u /* of CUDA_ATTEND_MMA: four warps of 16 rows */
+#define CUDA_SPLIT_KEYS 256u  /* keys that are worth a block of their own */
+#define CUDA_SPLIT_BLOCKS 256 /* a GPU has about half as many processors */
+#define CUDA_MMA_ROWS 64u     /* of CUDA_ATTEND_MMA: four warps of 16 rows */
 #define CUDA_MMA_KEYS 64u
 #define CUDA_MMA_PAD 8u      /* elements after each row in shared memory: no bank conflicts */
 #define CUDA_WINDOW_ROWS 16u /* window rows and keys of a block of CUDA_WINDOW_LOGITS */

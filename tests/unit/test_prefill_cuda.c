@@ -141,7 +141,8 @@ static void check_bf16(const struct model *m)
     assert_int_equal(prefill(ref, "full", N, &want_rows, &want, &e), 0);
     if (prefill(b, "full", N, &got_rows, &got, &e))
         fail_msg("%s", e.msg);
-    assert_true(fake.kernels[CUDA_ATTEND_MMA] == FAKE_LAYERS && !fake.kernels[CUDA_ATTEND]);
+    assert_int_equal(fake.kernels[CUDA_ATTEND_MMA], FAKE_LAYERS - 1);
+    assert_int_equal(fake.kernels[CUDA_ATTEND], 1); /* one row of the last layer */
     for (int i = 0; i < FAKE_VOCAB; i++) {
         err += pow(want.logits[i] - got.logits[i], 2);
         all += pow(want.logits[i], 2);
@@ -542,7 +543,7 @@ static void the_plan_of_a_large_model(void **state)
 static void grids_cover_every_row_and_stay_within_limits(void **state)
 {
     struct cuda_attend_args a = {
-        .n_heads = 32, .group = 4, .d = 128, .n_rows = 131073, .n_tail = 131073};
+        .n_heads = 32, .group = 4, .d = 128, .n_rows = 131073, .n_tail = 131073, .n_splits = 1};
     struct cuda_launch l = cuda_grid_attend(&a, true, true);
     struct cuda_window_args w = {.n = 131072, .w = 33, .d = 128, .n_batch = 2};
 
@@ -557,6 +558,14 @@ static void grids_cover_every_row_and_stay_within_limits(void **state)
     assert_true(l.shared <= 99 << 10); /* what compute capability 8.6 and 12.0 give a block */
     a.n_rows = a.row0 = 5;
     assert_int_equal(cuda_grid_attend(&a, false, true).grid[0], 0);
+    assert_int_equal(cuda_attend_splits(&a, 5), 1);
+    a.row0 = 4; /* one row: 8 KV heads, a block each */
+    assert_int_equal(cuda_attend_splits(&a, 100000), 32);
+    assert_int_equal(cuda_attend_splits(&a, 700), 3);
+    assert_int_equal(cuda_attend_splits(&a, 1), 1);
+    a.row0 = 0;
+    a.n_rows = 1000; /* 250 blocks for each of 8 heads */
+    assert_int_equal(cuda_attend_splits(&a, 100000), 1);
     l = cuda_grid_window(CUDA_WINDOW_LOGITS, true, &w);
     assert_true(l.grid[0] == 2048 && l.grid[1] == 3 && l.grid[2] == 2);
     l = cuda_grid_window(CUDA_WINDOW_MASS, true, &w);

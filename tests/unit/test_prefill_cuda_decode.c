@@ -10,7 +10,7 @@ enum { N = 100 };
 
 static void check_resume(enum kv_dtype stored, bool bias, enum kv_dtype elem)
 {
-    enum { D = FAKE_HEAD_DIM, TAIL = 7, NEW = 3, STRIDE = 9, MOST = 70 };
+    enum { D = FAKE_HEAD_DIM, TAIL = 7, NEW = 3, STRIDE = 9, MOST = 600 };
     const uint32_t n_past[FAKE_KV_HEADS] = {MOST, 33};
     static float rows[MOST * D], k[FAKE_KV_HEADS * STRIDE * D], v[FAKE_KV_HEADS * STRIDE * D];
     static float q[FAKE_HEADS * NEW * D], want[NEW * FAKE_HEADS * D], biases[MOST];
@@ -75,6 +75,7 @@ static void resume_reads_every_stored_type(void **state)
         check_resume(stored[i / 2], i % 2, KV_F32);
         check_resume(stored[i / 2], i % 2, KV_BF16);
     }
+    assert_int_equal(fake.kernels[CUDA_MERGE], 16); /* 600 keys are shared by blocks */
 }
 
 /* ---- decoding */

@@ -271,6 +271,7 @@ struct shape {
     enum kv_dtype past[4]; /* 0: as the elements are */
     bool bias;
     uint32_t sliding, gap; /* stored rows are `gap` positions apart */
+    uint32_t splits;
 };
 
 /* What a KV head has: its rows in f32, exactly as they are stored, and where that is. */
@@ -374,7 +375,7 @@ static void check_attend(struct shape s, bool bf16, enum cuda_kernel kernel)
     struct cuda_attend_args a = {.n_heads = s.n_heads, .group = s.n_heads / s.n_kv, .d = d,
                                  .n_rows = s.n_rows, .row0 = s.row0, .n_tail = s.n_tail,
                                  .sliding = s.sliding, .scale = (float)(1 / sqrt(d)),
-                                 .q_stride = q_stride, .kv_stride = stride};
+                                 .q_stride = q_stride, .kv_stride = stride, .n_splits = s.splits};
     bool all_bf16 = true;
     struct cuda_launch l;
     double err;
@@ -396,9 +397,16 @@ static void check_attend(struct shape s, bool bf16, enum cuda_kernel kernel)
     a.o = o;
     a.past = most ? past : NULL;
     a.pos0 = most * s.gap;
+    if ((s.n_rows - s.row0) * a.group <= CUDA_ATTEND_ROWS) /* too few for tensor cores */
+        kernel = CUDA_ATTEND;
     l = cuda_grid_attend(&a, bf16, all_bf16);
     assert_int_equal(l.kernel, kernel);
+    if (s.splits > 1)
+        a.part = kernel_alloc(n_o * s.splits * (d + 2) / d * sizeof *a.part);
     run(l);
+    if (s.splits > 1)
+        run(cuda_grid_merge(&a, bf16));
+    kernel_free(a.part);
     for (uint32_t i = 0; i < s.n_rows; i++)
         for (uint32_t h = 0; h < s.n_heads; h++) {
             size_t at = ((size_t)i * s.n_heads + h) * d;
@@ -434,7 +442,8 @@ static void check_attend(struct shape s, bool bf16, enum cuda_kernel kernel)
 
 static struct shape causal(uint32_t n, uint32_t d, uint32_t n_heads, uint32_t n_kv)
 {
-    return (struct shape){.n_heads = n_heads, .n_kv = n_kv, .d = d, .n_rows = n, .n_tail = n, .gap = 1};
+    return (struct shape){.n_heads = n_heads, .n_kv = n_kv, .d = d, .n_rows = n, .n_tail = n, .gap = 1,
+                          .splits = 1};
 }
 
 static void attention_of_odd_lengths_and_head_sizes(void **state)
@@ -449,6 +458,7 @@ static void attention_of_odd_lengths_and_head_sizes(void **state)
         check_attend(causal(n, d, 2, 1), true, CUDA_ATTEND_MMA);
     }
     check_attend(causal(70, 32, 2, 2), true, CUDA_ATTEND_MMA);
+    check_attend(causal(1, 64, 20, 1), true, CUDA_ATTEND_MMA);
     check_attend(causal(70, 72, 2, 1), true, CUDA_ATTEND); /* no tensor core kernel */
     check_attend(causal(40, 256, 1, 1), true, CUDA_ATTEND);
     check_attend(causal(20, 2, 1, 1), false, CUDA_ATTEND);
@@ -460,6 +470,27 @@ static void attention_of_any_number_of_query_heads_per_key(void **state)
     for (uint32_t group = 1; group <= 16; group += group < 4 ? 1 : 4) {
         check_attend(causal(35, 64, 2 * group, 2), false, CUDA_ATTEND);
         check_attend(causal(35, 64, 2 * group, 2), true, CUDA_ATTEND_MMA);
+    }
+}
+
+/* The keys of few rows, dealt out; with more blocks than keys some have none. */
+static void keys_may_be_shared_by_blocks(void **state)
+{
+    const uint32_t splits[] = {2, 3, 8};
+    struct shape s = {.n_heads = 4, .n_kv = 2, .d = 80, .n_rows = 3, .n_tail = 40,
+                      .n_past = {170, 20}, .past = {KV_INT4, KV_F32}, .bias = true, .gap = 2};
+
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        struct shape alone = causal(130, 64, 6, 2);
+
+        alone.splits = s.splits = splits[i / 2];
+        alone.row0 = 125;
+        check_attend(alone, i % 2, CUDA_ATTEND);
+        s.sliding = 0;
+        check_attend(s, i % 2, CUDA_ATTEND);
+        s.sliding = 90;
+        check_attend(s, i % 2, CUDA_ATTEND);
     }
 }
 
@@ -497,7 +528,7 @@ static void rows_see_their_window_only(void **state)
 static void resumed_rows_see_ragged_biased_pasts(void **state)
 {
     struct shape s = {.n_heads = 4, .n_kv = 2, .d = 64, .n_rows = 5, .n_tail = 9,
-                      .n_past = {70, 0}, .gap = 1};
+                      .n_past = {70, 0}, .gap = 1, .splits = 1};
 
     (void)state;
     for (int i = 0; i < 2; i++) {
@@ -518,7 +549,7 @@ static void resumed_rows_see_their_window_only(void **state)
     (void)state;
     for (int i = 0; i < 10; i++) {
         struct shape s = {.n_heads = 4, .n_kv = 2, .d = 64, .n_rows = 70, .n_tail = 75,
-                          .n_past = {90, 33}, .bias = i / 5, .gap = 3};
+                          .n_past = {90, 33}, .bias = i / 5, .gap = 3, .splits = 1};
 
         s.sliding = windows[i % 5];
         check_attend(s, false, CUDA_ATTEND);
@@ -536,7 +567,8 @@ static void stored_rows_are_read_in_every_type(void **state)
     (void)state;
     for (int i = 0; i < 24; i++) {
         struct shape s = {.n_heads = 4, .n_kv = 4, .d = dims[i / 6], .n_rows = 2, .n_tail = 2,
-                          .past = {KV_INT8, KV_INT4, KV_BF16, KV_F32}, .bias = i % 2, .gap = 2};
+                          .past = {KV_INT8, KV_INT4, KV_BF16, KV_F32}, .bias = i % 2, .gap = 2,
+                          .splits = 1};
 
         for (int g = 0; g < 4; g++)
             s.n_past[g] = rows[(i + g) % 6];
@@ -555,7 +587,7 @@ static void a_key_that_is_not_finite_reaches_the_rows_that_see_it(void **state)
         float *x = random_f32(N * D, &seed), *o = kernel_alloc(N * D * sizeof *o);
         void *q = to_elements(x, N * D, bf16), *v = to_elements(x, N * D, bf16), *k;
         struct cuda_attend_args a = {.n_heads = 1, .group = 1, .d = D, .n_rows = N, .n_tail = N,
-                                     .q_stride = N, .kv_stride = N, .scale = .125f};
+                                     .q_stride = N, .kv_stride = N, .n_splits = 1, .scale = .125f};
 
         x[BAD * D + 3] = NAN;
         k = to_elements(x, N * D, bf16);
@@ -667,7 +699,7 @@ static void the_same_input_gives_the_same_bits(void **state)
     uint16_t *first = NEW(uint16_t, N *D), *second = NEW(uint16_t, N *D);
     struct cuda_attend_args a = {.q = t, .k = t + N * D, .v = t + 2 * N * D, .o = first,
                                  .n_heads = 1, .group = 1, .d = D, .n_rows = N, .n_tail = N,
-                                 .q_stride = N, .kv_stride = N, .scale = .125f};
+                                 .q_stride = N, .kv_stride = N, .n_splits = 1, .scale = .125f};
 
     (void)state;
     run(cuda_grid_attend(&a, true, true));
@@ -689,6 +721,7 @@ int main(void)
         cmocka_unit_test(swiglu_is_silu_times_up),
         cmocka_unit_test(attention_of_odd_lengths_and_head_sizes),
         cmocka_unit_test(attention_of_any_number_of_query_heads_per_key),
+        cmocka_unit_test(keys_may_be_shared_by_blocks),
         cmocka_unit_test(attention_from_a_row_on),
         cmocka_unit_test(rows_see_their_window_only),
         cmocka_unit_test(resumed_rows_see_ragged_biased_pasts),
