@@ -119,7 +119,7 @@ static struct cuda_hold *hold_of(struct cuda_backend *b, const struct past_rows 
  * later comes later. */
 static uint32_t mark_held(uint32_t layer)
 {
-    return 2 * KV_MAX_LAYERS + layer;
+    return CUDA_MARK_HELD + layer;
 }
 
 static int send_layer(struct cuda_backend *b, struct cuda_hold *h, struct larder_err *e)
