@@ -43,9 +43,10 @@ CUDA_HOME ?= /usr/local/cuda
 NVCC ?= $(CUDA_HOME)/bin/nvcc
 CUDA_ARCHS ?= 80 90 100 120
 comma_sm = -gencode arch=compute_$1,code=sm_$1
+# PTX of the oldest: kernels use nothing newer, and a GPU with no code of its own compiles it.
 nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
     $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
-    -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+    -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
     $(if $(filter %_dequant.cu %_select.cu,$1),--fmad=false)
 LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++
@@ -229,7 +230,7 @@ $(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
 	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
 CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
-$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
+$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h tests/cuda/cuda_fixture.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
 $(CUDA_UNIT): LIBS_prefill += -lstdc++
 
@@ -284,7 +285,7 @@ check-golden: all $(B)/shim/larder-prefill-cuda
 
 # Models of every architecture, made at random by transformers, as directories and as GGUF (make
 # check has small ones). Skipped where tests/bench/setup-peers.sh has not been run.
-check-models: all
+check-models: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) models models-made
 
 # Token ids against the reference implementations, 100,000 strings for each family of tokenizers;

@@ -148,6 +148,12 @@ struct backend_ops {
     void (*buffer_free)(struct backend *b, void *p);
     int (*view)(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
 
+    /* Stored rows of all layers, [n_layers * n_kv_heads], that many calls of resume() will read and
+     * nobody changes until hold_end(): they are sent to the device once. Pairs nest. NULL likewise.
+     */
+    int (*hold)(struct backend *b, const struct past_rows *past, struct larder_err *e);
+    void (*hold_end)(struct backend *b, const struct past_rows *past);
+
     /* Scores and rows where K and V are (select_ops.h); NULL: on the host. */
     const struct select_ops *select;
 };

@@ -44,11 +44,9 @@ enum cuda_room {
     ROOM_K,
     ROOM_V,
     ROOM_O,
-    ROOM_PAST_K, /* stored rows and the tail behind them */
-    ROOM_PAST_V,
-    ROOM_N_PAST,
-    ROOM_BIAS,
-    ROOM_TILE, /* stored rows as they came */
+    ROOM_PAST,       /* stored rows of a layer that nobody holds, as they came, */
+    ROOM_PAST_TABLE, /* and where they are */
+    ROOM_PART,
     ROOM_LOGIT,
     ROOM_STAT,
     ROOM_MASS,
@@ -113,6 +111,8 @@ struct layer {
     uint32_t index;
     uint8_t *memory;
     float *attn_norm, *ffn_norm;
+    float *bias;                    /* of q, k and v; NULL where the model has none */
+    float *q_norm, *k_norm;         /* NULL likewise */
     void *qkv, *o, *gate_up, *down; /* [n_out][n_in] T; gate above up */
     bool own;                       /* not of a slot: freed by layer_free() */
 };
@@ -131,11 +131,12 @@ struct cuda_part {
     uint64_t to;            /* bytes into a layer's memory */
 };
 
-#define CUDA_PARTS 9u /* seven matrices and two norms */
+#define CUDA_PARTS (unsigned)MODEL_LAYER_WEIGHTS /* at most */
 
 struct cuda_layout {
     struct cuda_part part[CUDA_PARTS];
-    uint64_t raw; /* bytes of the stage */
+    uint32_t n_parts;
+    uint64_t raw, bytes; /* of the stage, and on the device */
 };
 
 enum cuda_stage_state { STAGE_EMPTY, STAGE_READING, STAGE_FULL };
@@ -164,6 +165,21 @@ struct cuda_reader {
     struct larder_err e;
 };
 
+/* ---- stored rows (cuda_past.c) */
+
+/* Rows of all layers that a session reads at each of its steps. */
+struct cuda_hold {
+    struct cuda_hold *next;
+    const struct past_rows *rows; /* [n_layers * n_kv_heads]; known by this address */
+    uint32_t n_users;
+    uint32_t n_sent;          /* layers that are there or on their way */
+    uint8_t *memory;          /* on the device */
+    uint64_t bytes;           /* of it */
+    uint64_t at;              /* where the next layer begins */
+    struct cuda_past *host;   /* where the rows are, [n_layers * n_kv_heads], in host memory ... */
+    struct cuda_past *device; /* ... and on the device */
+};
+
 struct replay_ask; /* select_ops.h */
 
 struct cuda_backend {
@@ -178,6 +194,7 @@ struct cuda_backend {
     void *room[CUDA_ROOMS];
     uint64_t room_bytes[CUDA_ROOMS];
     struct cuda_twin *twins;
+    struct cuda_hold *holds;
     uint64_t used, peak;
     bool poison;          /* tests: what is not valid on the host is NaN */
     uint64_t logit_bytes; /* logits of a replay that exist at once; tests have less */
@@ -208,9 +225,9 @@ void cuda_release(struct cuda_backend *b, void *p, uint64_t bytes);
 /* At least `bytes` of a room. Growing loses what was in it. */
 int cuda_room(struct cuda_backend *b, enum cuda_room r, uint64_t bytes, void **ret,
               struct larder_err *e);
+/* Both wait until it is there: callers' memory may change or end after the call. */
 int cuda_up(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
             struct larder_err *e);
-/* Waits until it is there. */
 int cuda_down(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
               struct larder_err *e);
 
@@ -256,11 +273,22 @@ int cuda_read_rows(struct cuda_backend *b, uint32_t layer, enum model_weight whi
 int cuda_read_norm(struct cuda_backend *b, uint32_t layer, enum model_weight which, void *to,
                    struct larder_err *e);
 
+int cuda_hold(struct backend *b, const struct past_rows *past, struct larder_err *e);
+void cuda_hold_end(struct backend *b, const struct past_rows *past);
+/* Table [n_kv_heads] of a layer's rows on the device, for what comes next on CUDA_COMPUTE. */
+int cuda_past_find(struct cuda_backend *b, const struct past_rows *past, struct cuda_past **ret,
+                   struct larder_err *e);
+/* Send the held rows of the layer behind the one whose rows are `past`, while that one computes. */
+int cuda_past_ahead(struct cuda_backend *b, const struct past_rows *past, struct larder_err *e);
+
 /* ---- geometry (cuda_launch.c): grids and shared memory, from shapes alone */
 struct cuda_launch cuda_grid_rows(enum cuda_kernel k, bool bf16, uint64_t rows, const void *args);
 struct cuda_launch cuda_grid_flat(enum cuda_kernel k, bool bf16, uint64_t n, const void *args);
-/* wide: keys and values are f32 although T is bf16. */
-struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool wide);
+/* Blocks that share the keys, of which there are at most n_keys, of the same rows. */
+uint32_t cuda_attend_splits(const struct cuda_attend_args *a, uint32_t n_keys);
+/* bf16_past: what is stored, if anything is, is bf16. */
+struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool bf16_past);
+struct cuda_launch cuda_grid_merge(const struct cuda_attend_args *a, bool bf16);
 struct cuda_launch cuda_grid_window(enum cuda_kernel k, bool bf16,
                                     const struct cuda_window_args *a);
 /* Heads whose window logits exist at once. */
@@ -268,7 +296,7 @@ uint32_t cuda_window_batch(uint32_t n_heads, uint32_t n, uint32_t w);
 
 int cuda_run(struct cuda_backend *b, struct cuda_launch l, struct larder_err *e);
 
-/* ---- steps (cuda_forward.c, cuda_resume.c) */
+/* ---- steps (cuda_forward.c, cuda_attention.c) */
 int cuda_qkv(struct backend *b, const struct layer *l, const struct project *p,
              struct larder_err *e);
 int cuda_finish(struct backend *b, const struct layer *l, float *hidden, const void *o, uint32_t n,

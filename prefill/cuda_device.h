@@ -18,8 +18,11 @@
 extern "C" {
 #endif
 
-#define CUDA_OUT_OF_MEMORY 2               /* the driver's number for it */
-#define CUDA_MARKS (2 * KV_MAX_LAYERS + 2) /* two a layer's weights, and those of what leaves */
+#define CUDA_OUT_OF_MEMORY 2 /* the driver's number for it */
+
+/* Marks: two of a slot of weights, one of a layer's held rows. */
+#define CUDA_MARK_HELD (2 * KV_MAX_LAYERS)
+#define CUDA_MARKS (3 * KV_MAX_LAYERS + 2) /* and those of what leaves */
 
 struct cuda_info {
     char name[96];

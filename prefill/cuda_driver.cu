@@ -45,6 +45,14 @@ device *of(void *d)
     return (device *)d;
 }
 
+/* The runtime keeps the last error for whoever asks next, which would be a launch that is well. */
+int told(cudaError_t rc)
+{
+    if (rc)
+        cudaGetLastError();
+    return rc;
+}
+
 int lt_rc(cublasStatus_t s)
 {
     return s == CUBLAS_STATUS_SUCCESS ? 0 : CUBLAS + (int)s;
@@ -158,7 +166,7 @@ int open(void **ret, struct cuda_info *info, struct larder_err *e)
 int free_bytes(void *, uint64_t *ret)
 {
     size_t left = 0, total = 0;
-    int rc = cudaMemGetInfo(&left, &total);
+    int rc = told(cudaMemGetInfo(&left, &total));
 
     *ret = left;
     return rc;
@@ -166,32 +174,24 @@ int free_bytes(void *, uint64_t *ret)
 
 int alloc(void *, uint64_t bytes, void **ret)
 {
-    int rc = cudaMalloc(ret, bytes);
-
-    if (rc)
-        cudaGetLastError(); /* an allocation that failed is no reason for later calls to fail */
-    return rc;
+    return told(cudaMalloc(ret, bytes));
 }
 
 void release(void *, void *p)
 {
-    cudaDeviceSynchronize();
-    cudaFree(p);
+    told(cudaDeviceSynchronize());
+    told(cudaFree(p));
 }
 
 int pin(void *, uint64_t bytes, void **ret)
 {
-    int rc = cudaHostAlloc(ret, bytes, cudaHostAllocDefault);
-
-    if (rc)
-        cudaGetLastError();
-    return rc;
+    return told(cudaHostAlloc(ret, bytes, cudaHostAllocDefault));
 }
 
 void unpin(void *, void *p)
 {
-    cudaDeviceSynchronize();
-    cudaFreeHost(p);
+    told(cudaDeviceSynchronize());
+    told(cudaFreeHost(p));
 }
 
 int copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
@@ -200,32 +200,32 @@ int copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
     const cudaMemcpyKind kind[] = {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost,
                                    cudaMemcpyDeviceToDevice};
 
-    return cudaMemcpyAsync(to, from, bytes, kind[way], of(d)->lane[lane]);
+    return told(cudaMemcpyAsync(to, from, bytes, kind[way], of(d)->lane[lane]));
 }
 
 int zero(void *d, void *to, uint64_t bytes, enum cuda_lane lane)
 {
-    return cudaMemsetAsync(to, 0, bytes, of(d)->lane[lane]);
+    return told(cudaMemsetAsync(to, 0, bytes, of(d)->lane[lane]));
 }
 
 int mark(void *d, uint32_t m, enum cuda_lane lane)
 {
-    return cudaEventRecord(of(d)->mark[m], of(d)->lane[lane]);
+    return told(cudaEventRecord(of(d)->mark[m], of(d)->lane[lane]));
 }
 
 int wait(void *d, uint32_t m, enum cuda_lane lane)
 {
-    return cudaStreamWaitEvent(of(d)->lane[lane], of(d)->mark[m], 0);
+    return told(cudaStreamWaitEvent(of(d)->lane[lane], of(d)->mark[m], 0));
 }
 
 int sync_mark(void *d, uint32_t m)
 {
-    return cudaEventSynchronize(of(d)->mark[m]);
+    return told(cudaEventSynchronize(of(d)->mark[m]));
 }
 
 int sync(void *d, enum cuda_lane lane)
 {
-    return cudaStreamSynchronize(of(d)->lane[lane]);
+    return told(cudaStreamSynchronize(of(d)->lane[lane]));
 }
 
 /* ---- products */
@@ -315,6 +315,8 @@ int choose(device *d, struct shape *s)
     cublasLtMatmulPreferenceDestroy(p);
     if (!rc && !found)
         rc = NO_ALGORITHM;
+    if (!rc) /* the rest of a result is only valid then */
+        rc = lt_rc(best.state);
     if (!rc)
         s->algo = best.algo;
     return rc;

@@ -72,11 +72,25 @@ int cuda_room(struct cuda_backend *b, enum cuda_room r, uint64_t bytes, void **r
     return rc;
 }
 
-int cuda_up(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
-            struct larder_err *e)
+static int send(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
+                struct larder_err *e)
 {
     return cuda_check(b, b->d->copy(b->device, to, from, bytes, CUDA_TO_DEVICE, CUDA_COMPUTE),
                       "a copy to the device", e);
+}
+
+/* A runtime that reads pageable memory directly may still read it when the copy returns. */
+static int sent(struct cuda_backend *b, struct larder_err *e)
+{
+    return cuda_check(b, b->d->sync(b->device, CUDA_COMPUTE), "a copy to the device", e);
+}
+
+int cuda_up(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
+            struct larder_err *e)
+{
+    int rc = send(b, to, from, bytes, e);
+
+    return rc ? rc : sent(b, e);
 }
 
 int cuda_down(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
@@ -300,6 +314,8 @@ int cuda_source(struct cuda_backend *b, const void *p, enum cuda_room room, uint
 
 void cuda_memory_close(struct cuda_backend *b)
 {
+    while (b->holds)
+        cuda_hold_end(&b->base, b->holds->rows);
     while (b->twins)
         cuda_buffer_free(&b->base, b->twins->host);
     for (int i = 0; i < CUDA_ROOMS; i++)
@@ -344,9 +360,8 @@ int cuda_rows_in(struct cuda_backend *b, const void *p, enum cuda_room room, uin
     rc = cuda_room(b, room, (uint64_t)heads * n * row, &to, e);
     ret->device = to;
     for (uint64_t h = 0; h < heads && !rc; h++)
-        rc = cuda_up(b, ret->device + h * n * row, (const uint8_t *)p + h * stride * row, n * row,
-                     e);
-    return rc;
+        rc = send(b, ret->device + h * n * row, (const uint8_t *)p + h * stride * row, n * row, e);
+    return rc ? rc : sent(b, e);
 }
 
 int cuda_rows_back(struct cuda_backend *b, void *p, const struct cuda_rows *r, uint32_t heads,

@@ -27,15 +27,7 @@ int cuda_weights_size(const struct model *m, enum kv_dtype elem, struct cuda_wei
             return rc;
         s.raw = larger(s.raw, layout.raw);
         s.all_stored += layout.raw;
-        s.layer = 0;
-        for (uint32_t i = 0; i < CUDA_PARTS; i++) {
-            const struct cuda_part *x = &layout.part[i];
-            uint64_t bytes = x->which == MODEL_ATTN_NORM || x->which == MODEL_FFN_NORM
-                                 ? sizeof(float)
-                                 : kv_dtype_bytes(elem);
-
-            s.layer = larger(s.layer, x->to + (uint64_t)x->rows * x->cols * bytes);
-        }
+        s.layer = layout.bytes; /* of every layer */
     }
     model_weight_shape(m, MODEL_HEAD, &rows, &cols);
     s.head = (uint64_t)rows * cols * kv_dtype_bytes(elem);

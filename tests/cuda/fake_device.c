@@ -76,15 +76,36 @@ static int fake_free_bytes(void *d, uint64_t *ret)
     return 0;
 }
 
-/* The size stands before what is handed out; 256 bytes keep the alignment of a device. */
+enum { BEFORE = 256, BEHIND = 64 };
+
+/* The size stands before what is handed out, in 256 bytes that keep the alignment of a device, and
+ * bytes that nobody may write to behind it. */
 static void *take(uint64_t bytes)
 {
-    uint8_t *p = aligned_alloc(256, (bytes + 256 + 255) / 256 * 256);
+    uint8_t *p = aligned_alloc(BEFORE, (BEFORE + bytes + BEHIND + 255) / 256 * 256);
 
     memcpy(p, &bytes, sizeof bytes);
-    memset(p + 256, 0xff, bytes);
+    memset(p + BEFORE, 0xff, bytes);
+    memset(p + BEFORE + bytes, 0xa5, BEHIND);
     fake.n_live++;
-    return p + 256;
+    return p + BEFORE;
+}
+
+/* -> its size */
+static uint64_t give_back(void *p)
+{
+    const uint8_t *behind;
+    uint64_t bytes;
+
+    memcpy(&bytes, (uint8_t *)p - BEFORE, sizeof bytes);
+    behind = (uint8_t *)p + bytes;
+    for (int i = 0; i < BEHIND; i++)
+        if (behind[i] != 0xa5)
+            abort(); /* something wrote past the end */
+    memset(p, 0xff, bytes);
+    fake.n_live--;
+    free((uint8_t *)p - BEFORE);
+    return bytes;
 }
 
 static int fake_alloc(void *d, uint64_t bytes, void **ret)
@@ -104,15 +125,9 @@ static int fake_alloc(void *d, uint64_t bytes, void **ret)
 
 static void fake_release(void *d, void *p)
 {
-    uint64_t bytes;
-
     (void)d;
     all_leave();
-    memcpy(&bytes, (uint8_t *)p - 256, sizeof bytes);
-    memset(p, 0xff, bytes);
-    fake.used -= bytes;
-    fake.n_live--;
-    free((uint8_t *)p - 256);
+    fake.used -= give_back(p);
 }
 
 static int fake_pin(void *d, uint64_t bytes, void **ret)
@@ -129,8 +144,7 @@ static void fake_unpin(void *d, void *p)
 {
     (void)d;
     all_leave();
-    fake.n_live--;
-    free((uint8_t *)p - 256);
+    give_back(p);
 }
 
 static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
@@ -141,6 +155,7 @@ static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum c
     (void)d;
     if (rc)
         return rc;
+    fake.sent += way == CUDA_TO_DEVICE && lane == CUDA_COPY ? bytes : 0;
     fake.down += way == CUDA_TO_HOST ? bytes : 0;
     if (lane == CUDA_LEAVE && n_leaving < MAX_LEAVING) {
         leaving[n_leaving].to = to;

@@ -34,6 +34,7 @@ struct fake {
     long kernels[CUDA_KERNELS];
     long copy_lane;  /* launches on the copy lane */
     uint64_t down;   /* bytes copied to the host */
+    uint64_t sent;   /* bytes copied to the device on the copy lane */
 };
 
 extern struct fake fake;

@@ -1,10 +1,13 @@
-/* Backend `cuda` on a GPU: products, whole prefills of the fake model and what they keep against
- * `ref`, the same bytes twice, and a device whose memory is gone. Exit status 77: there is no GPU. */
+/* Backend `cuda` on a GPU: products, whole prefills of fake models, what they keep and questions to
+ * them against `ref`, the same bytes twice, and a device whose memory is gone. Exit status 77: there
+ * is no GPU. */
 #include "testlib.h"
 
 #include <math.h>
 
+#include "cache.h"
 #include "cuda.h"
+#include "decode.h"
 #include "engine.h"
 #include "fake_model.h"
 #include "half.h"
@@ -43,51 +46,136 @@ static void prefill(struct backend *b, uint32_t n, float *logits)
     prefill_by(b, "full", n, NULL, logits);
 }
 
-static void prefill_on(const struct backend_ops *ops, enum kv_dtype dtype, bool stream, uint32_t n,
-                       float *logits)
+static void prefill_on(const struct backend_ops *ops, const struct model *m, enum kv_dtype dtype,
+                       bool stream, uint32_t n, float *logits)
 {
-    struct model m = fake_model();
     struct larder_err e = {0, ""};
     struct backend *b;
 
-    if (open_on(ops, &m, dtype, stream, &b, &e))
+    if (open_on(ops, m, dtype, stream, &b, &e))
         fail_msg("%s", e.msg);
     prefill(b, n, logits);
     b->ops->close(b);
 }
 
+static double error(const float *want, const float *got, int n)
+{
+    double err = 0, all = 0;
+
+    for (int i = 0; i < n; i++) {
+        err += pow(want[i] - got[i], 2);
+        all += pow(want[i], 2);
+    }
+    return isfinite(err) ? err / all : INFINITY;
+}
+
+/* Of bf16: eight random layers. */
+static double allowed(enum kv_dtype dtype)
+{
+    return dtype == KV_F32 ? 1e-8 : 3e-2;
+}
+
 static void logits_are_those_of_ref(void **state)
 {
+    const struct model models[] = {fake_model(), fake_rich_model()};
     const uint32_t lengths[] = {1, 31, 33, N};
     float want[FAKE_VOCAB], got[FAKE_VOCAB];
 
     (void)state;
-    for (int i = 0; i < 4; i++) {
-        prefill_on(&backend_ref, KV_F32, false, lengths[i], want);
+    for (int i = 0; i < 8; i++) {
+        const struct model *m = &models[i / 4];
+
+        prefill_on(&backend_ref, m, KV_F32, false, lengths[i % 4], want);
         for (int c = 0; c < 4; c++) {
             enum kv_dtype dtype = c / 2 ? KV_BF16 : KV_F32;
-            double err = 0, all = 0;
+            double err;
 
-            prefill_on(&backend_cuda, dtype, c % 2, lengths[i], got);
-            for (int j = 0; j < FAKE_VOCAB; j++) {
-                err += pow(want[j] - got[j], 2);
-                all += pow(want[j], 2);
-            }
-            if (!(err < (dtype == KV_F32 ? 1e-8 : 3e-2) * all))
-                fail_msg("%u rows, %s, streamed %d: error %g", lengths[i], kv_dtype_name(dtype),
-                         c % 2, err / all);
+            prefill_on(&backend_cuda, m, dtype, c % 2, lengths[i % 4], got);
+            err = error(want, got, FAKE_VOCAB);
+            if (!(err < allowed(dtype)))
+                fail_msg("model %d, %u rows, %s, streamed %d: error %g", i / 4, lengths[i % 4],
+                         kv_dtype_name(dtype), c % 2, err);
         }
     }
 }
 
+/* Five tokens, then one, on stored rows. */
+static void ask_on(const struct backend_ops *ops, const struct model *m, enum kv_dtype dtype,
+                   const struct past_rows *past, float *logits)
+{
+    const uint32_t ids[] = {1, 7, 19, 4, 88, 120};
+    struct weights *w = NULL;
+    struct decode *d = NULL;
+    struct backend *b;
+
+    assert_int_equal(open_on(ops, m, dtype, false, &b, NULL), 0);
+    assert_int_equal(weights_load(&w, b, NULL), 0);
+    assert_int_equal(decode_open(&d, b, w, past, N, 6, NULL), 0);
+    assert_int_equal(decode_step(d, ids, 5, logits, NULL), 0);
+    assert_int_equal(decode_step(d, ids + 5, 1, logits + FAKE_VOCAB, NULL), 0);
+    decode_close(d);
+    weights_free(w);
+    b->ops->close(b);
+}
+
+static void check_question(const struct model *m, const char *policy)
+{
+    struct past_rows past[FAKE_LAYERS * FAKE_KV_HEADS];
+    float want[2 * FAKE_VOCAB], got[2 * FAKE_VOCAB];
+    struct engine_result r = {0};
+    struct backend *ref;
+    struct policy p;
+    struct cache c;
+    struct engine_sink sink = {&c, cache_add, NULL};
+    uint32_t ids[N];
+    struct engine_doc doc = {ids, N, NULL, NULL};
+    uint64_t seed = 12;
+
+    for (uint32_t i = 0; i < N; i++)
+        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
+    assert_int_equal(open_on(&backend_ref, m, KV_F32, false, &ref, NULL), 0);
+    assert_int_equal(policy_parse(policy, &p, NULL), 0);
+    assert_int_equal(cache_init(&c, ref, true, NULL), 0);
+    assert_int_equal(engine_prefill(ref, &doc, &p, &sink, &r, NULL), 0);
+    for (int i = 0; i < FAKE_LAYERS * FAKE_KV_HEADS; i++) {
+        const struct cached_head *h = &c.head[i];
+
+        past[i] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias, h->position};
+    }
+    ask_on(&backend_ref, m, KV_F32, past, want);
+    for (int i = 0; i < 2; i++) {
+        enum kv_dtype dtype = i ? KV_BF16 : KV_F32;
+        double err;
+
+        ask_on(&backend_cuda, m, dtype, past, got);
+        err = error(want, got, 2 * FAKE_VOCAB);
+        if (!(err < allowed(dtype)))
+            fail_msg("%s, %s: error %g", policy, kv_dtype_name(dtype), err);
+    }
+    engine_result_done(&r);
+    cache_done(&c);
+    ref->ops->close(ref);
+}
+
+static void questions_are_answered_as_by_ref(void **state)
+{
+    const char *policies[] = {"full,precision=bf16", "full,precision=int8", "full,precision=int4"};
+    const struct model models[] = {fake_model(), fake_rich_model()};
+
+    (void)state;
+    for (int i = 0; i < 6; i++)
+        check_question(&models[i % 2], policies[i / 2]);
+}
+
 static void the_same_input_gives_the_same_bytes(void **state)
 {
+    const struct model m = fake_rich_model();
     float first[FAKE_VOCAB], again[FAKE_VOCAB];
 
     (void)state;
-    prefill_on(&backend_cuda, KV_BF16, false, N, first);
+    prefill_on(&backend_cuda, &m, KV_BF16, false, N, first);
     for (int i = 0; i < 3; i++) { /* streamed or not */
-        prefill_on(&backend_cuda, KV_BF16, i % 2, N, again);
+        prefill_on(&backend_cuda, &m, KV_BF16, i % 2, N, again);
         assert_memory_equal(first, again, sizeof first);
     }
 }
@@ -176,8 +264,8 @@ static void check_product(void *d, uint32_t n, uint32_t n_in, uint32_t n_out, bo
     float *host = malloc((n_x + n_w + n_y) * sizeof *host), *x = host, *w = x + n_x, *y = w + n_w;
     uint16_t *narrow = malloc((n_x + n_w) * sizeof *narrow);
     void *dx, *dw, *dy;
-    struct cuda_gemm g = {.ldx = n_in, .ldy = n_out, .n = n, .n_in = n_in, .n_out = n_out,
-                          .bf16 = bf16, .add = true};
+    struct cuda_gemm g = {
+        .ldx = n_in, .ldy = n_out, .n = n, .n_in = n_in, .n_out = n_out, .bf16 = bf16, .add = true};
     double err = 0, all = 0;
 
     for (uint64_t i = 0; i < n_x + n_w; i++) {
@@ -321,7 +409,7 @@ static void memory_that_is_gone_is_a_named_error(void **state)
     cuda_device.close(d);
     assert_int_equal(rc, LARDER_ENOMEM);
     assert_true(strstr(e.msg, "memory") != NULL);
-    prefill_on(&backend_cuda, KV_F32, false, N, logits);
+    prefill_on(&backend_cuda, &m, KV_F32, false, N, logits);
     assert_true(isfinite(logits[0]));
 }
 
@@ -331,6 +419,7 @@ int main(void)
         cmocka_unit_test(products_are_exact_to_f32),
         cmocka_unit_test(batched_products_are_those_one_by_one),
         cmocka_unit_test(logits_are_those_of_ref),
+        cmocka_unit_test(questions_are_answered_as_by_ref),
         cmocka_unit_test(the_same_input_gives_the_same_bytes),
         cmocka_unit_test(kept_rows_are_those_of_ref),
         cmocka_unit_test(memory_that_is_gone_is_a_named_error),

@@ -3,10 +3,11 @@
 
     check_models.py --build BUILD                 the small ones that are part of the tree
     check_models.py --build BUILD --make          those that make_models.py makes now
+    check_models.py --build BUILD --backend cuda  by BUILD/larder-prefill-cuda
 
-Logits of `ref` and `cpu` in f32 are within 1e-4 of the largest, after 1, 7 and 300 tokens, and
-the 16 tokens after that are the same, from a prefill of 290 of them and a question of ten. Speaks
-TAP.
+Logits in f32 - of `ref` and `cpu`, unless a backend is named - are within 1e-4 of the largest,
+after 1, 7 and 300 tokens, and the 16 tokens after that are the same, from a prefill of 290 of them
+and a question of ten. Speaks TAP.
 Exit status 77: --make, and there is no Python with torch, transformers and gguf.
 """
 import argparse
@@ -36,7 +37,8 @@ class Run:
 
     def __init__(self, build, model, backend, tmp):
         self.words = ["--model", model, "--backend", backend, "--dtype", "f32", "--json"]
-        self.program = os.path.join(build, "larder-prefill")
+        program = "larder-prefill-cuda" if backend == "cuda" else "larder-prefill"
+        self.program = os.path.join(build, program)
         self.tmp = tmp
 
     def file(self, name, ids):
@@ -73,9 +75,9 @@ def compare(ours, theirs):
     return None
 
 
-def check(build, model, want, tmp):
+def check(build, backends, model, want, tmp):
     name = os.path.basename(model)
-    for backend in ("ref", "cpu"):
+    for backend in backends:
         run = Run(build, model, backend, tmp)
         try:
             for n, theirs in want["logits"].items():
@@ -88,7 +90,7 @@ def check(build, model, want, tmp):
             claim("%s, %s" % (name, backend), str(why))
 
 
-def check_all(build, folder):
+def check_all(build, backends, folder):
     with tempfile.TemporaryDirectory(prefix="larder-models.") as tmp:
         for file in sorted(os.listdir(folder)):
             if not file.endswith(".json"):
@@ -96,18 +98,20 @@ def check_all(build, folder):
             with open(os.path.join(folder, file)) as f:
                 want = json.load(f)
             model = os.path.join(folder, file[:-len(".json")])
-            check(build, model, want, tmp)
+            check(build, backends, model, want, tmp)
             if os.path.exists(model + ".gguf"):
-                check(build, model + ".gguf", want, tmp)
+                check(build, backends, model + ".gguf", want, tmp)
 
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a.add_argument("--build", default="build")
     a.add_argument("--make", action="store_true")
+    a.add_argument("--backend", action="append")
     args = a.parse_args()
+    backends = args.backend or ["ref", "cpu"]
     if not args.make:
-        check_all(args.build, os.path.join(HERE, "small"))
+        check_all(args.build, backends, os.path.join(HERE, "small"))
         return 1 if failed else 0
     if not os.path.exists(PEERS):
         print("no torch and transformers at %s; tests/bench/setup-peers.sh installs them" % PEERS,
@@ -116,7 +120,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="larder-made.") as made:
         subprocess.run([PEERS, os.path.join(HERE, "make_models.py"), made], check=True,
                        stdout=sys.stderr)
-        check_all(args.build, made)
+        check_all(args.build, backends, made)
     return 1 if failed else 0
 
 
