@@ -73,9 +73,11 @@ for group in "$@"; do
         ;;
     models)
         run "models, small" 120 python3 tests/models/check_models.py --build "$build"
+        run "models, small, cuda" 120 python3 tests/models/check_models.py --build "$build/shim" --backend cuda
         ;;
     models-made)
         run "models, made by transformers" 1200 python3 tests/models/check_models.py --build "$build" --make
+        run "models, made by transformers, cuda" 1200 python3 tests/models/check_models.py --build "$build/shim" --backend cuda --make
         ;;
     python)
         run "python package" 60 /usr/bin/python3 tests/decoders/test_package.py "$build"
@@ -97,10 +99,15 @@ for group in "$@"; do
     cuda) # make check-cuda
         at=${CUDA_DIR:?make check-cuda sets it}
         run "kernels on the GPU" 900 "$at/test_kernels"
+        run "choices on the GPU" 900 "$at/test_select"
         run "backend on the GPU" 900 "$at/test_device"
         for tool in memcheck racecheck; do
-            run "kernels under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_kernels"
+            for t in kernels select; do
+                run "$t under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_$t"
+            done
         done
+        run "models, small, cuda" 300 python3 tests/models/check_models.py --build "$build" --backend cuda
+        run "models, made by transformers, cuda" 1200 python3 tests/models/check_models.py --build "$build" --backend cuda --make
         run "golden, cuda f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda
         run "golden, cuda bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda --dtype bf16
         run "golden, kvpress, cuda" 3600 python3 tests/golden/kvpress.py --build "$build" --backend cuda
