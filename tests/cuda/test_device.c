@@ -1,5 +1,6 @@
 /* Backend `cuda` on a GPU: products, whole prefills of the fake model and what they keep against
- * `ref`, the same bytes twice, and a device whose memory is gone. Exit status 77: there is no GPU. */
+ * `ref`, the same bytes twice, and a device whose memory is gone. Exit status 77: there is no
+ * GPU. */
 #include "testlib.h"
 
 #include <math.h>
