@@ -1,5 +1,5 @@
-/* What leaves a CUDA device, on one that is host memory and counts (tests/cuda): only what is
- * kept, and only when somebody waits for it; and that what is chosen there is what `ref` chooses. */
+/* What leaves a CUDA device, on one that is host memory and counts (tests/cuda): only what is kept,
+ * and only when somebody waits for it; and that what is chosen there is what `ref` chooses. */
 #include "testlib.h"
 
 #include <math.h>
@@ -40,6 +40,7 @@ struct rows {
 };
 
 static struct rows want, got;
+static uint32_t n_tokens = N;
 
 static int take_layer(void *arg, uint32_t layer, const struct kept_rows *heads,
                       struct larder_err *e)
@@ -66,10 +67,10 @@ static int prefill_each(struct backend *b, const char *const *policy, uint32_t n
     struct engine_sink sink[3];
     struct policy p[3];
     uint32_t ids[N];
-    struct engine_doc doc = {ids, N, NULL, NULL};
+    struct engine_doc doc = {ids, n_tokens, NULL, NULL};
     uint64_t seed = 11;
 
-    for (uint32_t i = 0; i < N; i++)
+    for (uint32_t i = 0; i < n_tokens; i++)
         ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
     for (uint32_t i = 0; i < n; i++) {
         sink[i] = (struct engine_sink){rows + i, take_layer, NULL};
@@ -152,6 +153,23 @@ static void what_is_chosen_there_is_what_ref_chooses(void **state)
     check_policy("pyramidkv,w=8,pool=3,rows=30");
     check_policy("adakv,w=8,pool=3,rows=30");
     check_policy("snapkv,w=8,pool=3,rows=30,shape=global");
+}
+
+/* Where everything stays whatever it scores, there is nothing to rank. */
+static void documents_within_the_window_are_kept_whole(void **state)
+{
+    const uint32_t lengths[] = {1, 8, 9, 40};
+
+    (void)state;
+    fake_reset();
+    for (int i = 0; i < 4; i++) {
+        n_tokens = lengths[i];
+        check_policy("full");
+        check_policy("snapkv,rows=40,w=8,pool=3");
+        check_policy("asl,w=8,pool=3,lmin=3,lobs=3,rows=40,select=40");
+        check_policy("asl2pass,w=8,pool=3,lmin=3,lobs=3,rows=40");
+    }
+    n_tokens = N;
 }
 
 /* Each has its own rows, on the same scores or on others. */
@@ -364,6 +382,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(what_is_chosen_there_is_what_ref_chooses),
+        cmocka_unit_test(documents_within_the_window_are_kept_whole),
         cmocka_unit_test(policies_of_one_pass_keep_their_own_rows),
         cmocka_unit_test(only_what_is_kept_leaves),
         cmocka_unit_test(calls_take_host_memory_as_it_is),

@@ -286,7 +286,7 @@ static uint64_t check_policy(const char *policy)
     return fake.down - logits * FAKE_VOCAB * sizeof(float);
 }
 
-/* What is scored by the replay leaves when it is kept, and nothing of the replay's own rows does. */
+/* What the replay scores leaves when it is kept, and nothing of the replay's own rows does. */
 static void only_what_is_kept_leaves(void **state)
 {
     enum { LISTED = 2 * ROW + 4, SAID = 4, HEADS = FAKE_LAYERS * KV };
