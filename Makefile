@@ -43,11 +43,12 @@ CUDA_HOME ?= /usr/local/cuda
 NVCC ?= $(CUDA_HOME)/bin/nvcc
 CUDA_ARCHS ?= 80 90 100 120
 comma_sm = -gencode arch=compute_$1,code=sm_$1
+# PTX of the oldest: kernels use nothing newer, and a GPU with no code of its own compiles it.
 nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
     $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
-    -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+    -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
-    $(if $(findstring dequant,$1),--fmad=false)
+    $(if $(filter %_dequant.cu %_select.cu,$1),--fmad=false)
 LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
@@ -99,7 +100,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill) $(if $(CUDA),$(B)/larder-prefill-cuda)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
+.PHONY: all check check-all check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
     check-cuda eval-public eval-long bench bench-decoders bench-cuda demo install clean lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -229,15 +230,15 @@ $(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
 	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
 CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
-$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h
+$(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h tests/cuda/cuda_fixture.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
 $(CUDA_UNIT): LIBS_prefill += -lstdc++
 
 # The same kernel tests, and others, on a GPU.
-DEVICE_TESTS := $(addprefix $(CUDA_DIR)/,test_kernels test_device bench_device)
+DEVICE_TESTS := $(addprefix $(CUDA_DIR)/,test_kernels test_select test_device bench_device)
 device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda -Iprefill -Ibase $(ldmust) $(LDFLAGS) \
     -o $@ $(filter %.c %.o %.a,$^) $(LIBS_tests) $(LIBS_prefill) $(LIBS_cuda)
-$(CUDA_DIR)/test_kernels: tests/unit/test_prefill_cuda_kernels.c \
+$(CUDA_DIR)/test_kernels $(CUDA_DIR)/test_select: $(CUDA_DIR)/test_%: tests/unit/test_prefill_cuda_%.c \
         $(CUDA_DIR)/tests/cuda/harness_device.o $(CUDA_OBJ) $(call archives,prefill base)
 	@$(call say,LD,$@)
 	$(Q)$(device_cc)
@@ -259,6 +260,11 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach
 check: all $(UNIT) $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) lint cuda-build unit models python eval e2e golden
 
+# And what needs PyPI's decoders (tests/bench/setup-peers.sh decoders), which may not be skipped:
+# one count of everything. It is what CI runs.
+check-all: all $(UNIT) $(B)/shim/larder-prefill-cuda
+	tests/run.sh $(B) lint cuda-build unit models python eval e2e golden decoders! models-made!
+
 # On a machine with a GPU: kernels, products, memory, sanitizers, recorded runs. What the
 # machine lacks is named and skipped.
 check-cuda: all $(B)/larder-prefill-cuda $(DEVICE_TESTS)
@@ -271,7 +277,7 @@ check-unit: $(UNIT)
 	tests/run.sh $(B) unit
 
 # The Python package and the decoders that it feeds; those whose libraries are not there
-# (tests/bench/setup-peers.sh) are named and skipped.
+# (tests/bench/setup-peers.sh decoders) are named and skipped.
 check-decoders: all
 	tests/run.sh $(B) python decoders
 
@@ -283,8 +289,9 @@ check-golden: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) golden-all
 
 # Models of every architecture, made at random by transformers, as directories and as GGUF (make
-# check has small ones). Skipped where tests/bench/setup-peers.sh has not been run.
-check-models: all
+# check has small ones). Skipped where tests/bench/setup-peers.sh decoders has not
+# been run.
+check-models: all $(B)/shim/larder-prefill-cuda
 	tests/run.sh $(B) models models-made
 
 # Token ids against the reference implementations, 100,000 strings for each family of tokenizers;
@@ -321,7 +328,8 @@ bench: all $(BENCH)
 
 # First token in each decoder, from a stored cache and after its own prefill: one table.
 bench-decoders: all $(B)/bench/bench_all_resume
-	$(PYTHON) tests/bench/decoder_peers.py --build $(B) $(BENCH_FLAGS) \
+	LARDER_PEERS_PYTHON="$${LARDER_PEERS_PYTHON:-$${XDG_CACHE_HOME:-$$HOME/.cache}/larder/decoders/bin/python}" \
+	    $(PYTHON) tests/bench/decoder_peers.py --build $(B) $(BENCH_FLAGS) \
 	    --model "$${XDG_CACHE_HOME:-$$HOME/.cache}/larder/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 demo: all

@@ -216,7 +216,7 @@ static int read_pipe(int fd, json_t **ret, struct larder_err *e)
         close(fd);
         return larder_fail(e, LARDER_EIO, "fdopen: %s", strerror(errno));
     }
-    j = json_loadf(f, JSON_REJECT_DUPLICATES, &why);
+    j = json_loadf(f, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &why);
     while (getc(f) != EOF) /* let the engine finish writing */
         continue;
     fclose(f);
@@ -295,8 +295,8 @@ static int take_lines(struct lines *l, struct larder_err *e)
     int rc = 0;
 
     while (!rc && (end = memchr(l->buf + at, '\n', l->len - at))) {
-        json_t *j =
-            json_loadb(l->buf + at, (size_t)(end - l->buf) - at, JSON_REJECT_DUPLICATES, NULL);
+        json_t *j = json_loadb(l->buf + at, (size_t)(end - l->buf) - at,
+                               JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, NULL);
 
         rc = json_is_object(j) ? l->line(l->arg, j, e)
                                : larder_fail(e, LARDER_EWORKER, ENGINE " did not answer in JSON");

@@ -32,7 +32,13 @@ const char *backend_names(void)
 
 void *backend_buffer_new(struct backend *b, uint64_t count, uint64_t size)
 {
-    return b->ops->buffer_new ? b->ops->buffer_new(b, count, size) : mem_aligned(count, size);
+    return b->ops->buffer_new ? b->ops->buffer_new(b, count, size, false)
+                              : mem_aligned(count, size);
+}
+
+void *backend_staging_new(struct backend *b, uint64_t count, uint64_t size)
+{
+    return b->ops->buffer_new ? b->ops->buffer_new(b, count, size, true) : mem_aligned(count, size);
 }
 
 void backend_buffer_free(struct backend *b, void *p)

@@ -31,6 +31,7 @@
 struct backend; /* one open backend, bound to one model's shape */
 struct layer;   /* one layer's weights in the backend's own form */
 struct head;    /* output norm and output matrix */
+struct select_ops;
 
 struct backend_opts {
     enum kv_dtype dtype; /* KV_F32 or KV_BF16: weights, activations and K/V; sums are f32 */
@@ -143,9 +144,18 @@ struct backend_ops {
 
     /* Buffers with a copy elsewhere; NULL where host memory is all there is. Callers use the
      * functions below. */
-    void *(*buffer_new)(struct backend *b, uint64_t count, uint64_t size);
+    void *(*buffer_new)(struct backend *b, uint64_t count, uint64_t size, bool staging);
     void (*buffer_free)(struct backend *b, void *p);
     int (*view)(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
+
+    /* Stored rows of all layers, [n_layers * n_kv_heads], that many calls of resume() will read and
+     * nobody changes until hold_end(): they are sent to the device once. Pairs nest. NULL likewise.
+     */
+    int (*hold)(struct backend *b, const struct past_rows *past, struct larder_err *e);
+    void (*hold_end)(struct backend *b, const struct past_rows *past);
+
+    /* Scores and rows where K and V are (select_ops.h); NULL: on the host. */
+    const struct select_ops *select;
 };
 
 /* What every backend starts with, so that callers can ask. */
@@ -175,6 +185,8 @@ const char *backend_names(void);
 /* count * size bytes, zeroed and 64-byte aligned, for rows that calls of the table read and write;
  * NULL when memory is out. Freed with backend_buffer_free() (NULL allowed), before the backend. */
 void *backend_buffer_new(struct backend *b, uint64_t count, uint64_t size);
+/* The same, for what leaves for the host as soon as it is there (select_ops.h): page-locked. */
+void *backend_staging_new(struct backend *b, uint64_t count, uint64_t size);
 void backend_buffer_free(struct backend *b, void *p);
 
 /* Before the caller reads, or (VIEW_WRITE) also writes, memory of the buffer that holds p: after

@@ -1,7 +1,7 @@
 /* cuda.c - backend `cuda`: opening a device for a model, and the table.
  *
- * The one idea: what this backend cannot do it says at the start - no device, one too old, a model
- * with parts it has no kernel for - and never computes elsewhere instead. */
+ * The one idea: what this backend cannot do it says at the start - no device, one too old, heads
+ * that it has no kernel for - and never computes elsewhere instead. */
 #include "cuda.h"
 
 #include <sched.h>
@@ -23,30 +23,8 @@ static uint32_t thread_count(uint32_t asked)
     return n < MAX_THREADS ? n : MAX_THREADS;
 }
 
-/* Models whose forward pass is the one below: Llama's. */
-/* What the forward pass here would leave out, or NULL. */
-static const char *missing_feature(const struct model_params *p)
-{
-    if (p->sliding)
-        return "sliding windows";
-    if (p->has_qkv_bias)
-        return "biases of q, k and v";
-    if (p->has_qk_norm)
-        return "norms of q and k";
-    if (p->rope.factor != 1 || (p->rope_long.freq && p->rope_long.factor != 1))
-        return "attention factors of scaled RoPE";
-    return NULL;
-}
-
 static int check_model(const struct model_params *p, struct larder_err *e)
 {
-    const char *missing = missing_feature(p);
-
-    if (missing)
-        return larder_fail(e, LARDER_EUNSUPPORTED,
-                           "backend cuda does not compute %s, which this model (%.40s) has; "
-                           "configure backend = cpu",
-                           missing, p->arch);
     if (p->geom.head_dim > CUDA_MAX_HEAD_DIM || p->rope_dims > p->geom.head_dim || p->rope_dims % 2)
         return larder_fail(e, LARDER_EUNSUPPORTED,
                            "backend cuda has no kernel for heads of %u elements, %u of them "
@@ -55,12 +33,26 @@ static int check_model(const struct model_params *p, struct larder_err *e)
     return 0;
 }
 
-static int check_device(const struct cuda_info *in, const struct model_params *p,
-                        struct larder_err *e)
+/* Shared memory of the block that takes the most. */
+static uint32_t most_shared(const struct model_params *p, bool bf16)
 {
     const struct cuda_attend_args a = {
-        .n_rows = 1, .n_tail = 1, .n_heads = 1, .group = 1, .d = p->geom.head_dim};
-    uint32_t need = cuda_grid_attend(&a, false, false).shared;
+        .n_rows = 64, .n_tail = 64, .n_heads = 1, .group = 1, .d = p->geom.head_dim};
+    const struct cuda_window_args w = {.n = 2, .w = 1, .n_batch = 1, .d = p->geom.head_dim};
+    const uint32_t need[] = {cuda_grid_attend(&a, bf16, true).shared,
+                             cuda_grid_attend(&a, bf16, false).shared,
+                             cuda_grid_window(CUDA_WINDOW_LOGITS, bf16, &w).shared};
+    uint32_t most = need[0];
+
+    for (int i = 1; i < 3; i++)
+        most = need[i] > most ? need[i] : most;
+    return most;
+}
+
+static int check_device(const struct cuda_info *in, const struct model_params *p, bool bf16,
+                        struct larder_err *e)
+{
+    uint32_t need = most_shared(p, bf16);
 
     if (in->major < CUDA_LEAST_MAJOR)
         return larder_fail(e, LARDER_EBACKEND,
@@ -107,7 +99,7 @@ static int open_device(struct cuda_backend *b, struct larder_err *e)
     int rc = b->d->open(&b->device, &b->info, e);
 
     if (!rc)
-        rc = check_device(&b->info, b->base.p, e);
+        rc = check_device(&b->info, b->base.p, b->bf16, e);
     if (!rc)
         rc = cuda_weights_open(b, e);
     if (!rc)
@@ -135,6 +127,7 @@ static int cuda_open(struct backend **ret, const struct model *m, const struct b
     b->stream = o->stream;
     b->elem = kv_dtype_bytes(o->dtype);
     b->d = &cuda_device;
+    b->logit_bytes = CUDA_WINDOW_BYTES;
     rc = pool_open(&b->pool, b->base.n_threads, e);
     if (!rc)
         rc = open_device(b, e);
@@ -169,4 +162,7 @@ const struct backend_ops backend_cuda = {
     .buffer_new = cuda_buffer_new,
     .buffer_free = cuda_buffer_free,
     .view = cuda_buffer_view,
+    .select = &cuda_select,
+    .hold = cuda_hold,
+    .hold_end = cuda_hold_end,
 };

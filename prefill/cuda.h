@@ -27,6 +27,9 @@
 #define CUDA_HEAD_ROWS 8192u             /* rows of the output matrix read at once */
 #define CUDA_LEAST_MAJOR 8               /* compute capability: bf16 tensor cores, cp.async */
 
+#define CUDA_MARK_CHOSEN (CUDA_MARKS - 2) /* what leaves is there */
+#define CUDA_MARK_LEFT (CUDA_MARKS - 1)   /* and has left */
+
 /* ---- memory (cuda_memory.c) */
 
 enum cuda_room {
@@ -41,11 +44,9 @@ enum cuda_room {
     ROOM_K,
     ROOM_V,
     ROOM_O,
-    ROOM_PAST_K, /* stored rows and the tail behind them */
-    ROOM_PAST_V,
-    ROOM_N_PAST,
-    ROOM_BIAS,
-    ROOM_TILE, /* stored rows as they came */
+    ROOM_PAST,       /* stored rows of a layer that nobody holds, as they came, */
+    ROOM_PAST_TABLE, /* and where they are */
+    ROOM_PART,
     ROOM_LOGIT,
     ROOM_STAT,
     ROOM_MASS,
@@ -54,6 +55,15 @@ enum cuda_room {
     ROOM_HEAD,
     ROOM_NORM,
     ROOM_LOGITS,
+    ROOM_SCORE, /* of callers in host memory: scores, ranks, lists */
+    ROOM_INDEX,
+    ROOM_COUNTS,
+    ROOM_BAD,
+    ROOM_SUMS,
+    ROOM_MOVED, /* rows on their way to where they came from */
+    ROOM_FROM,
+    ROOM_WORTH,
+    ROOM_LENGTH,
     CUDA_ROOMS,
 };
 
@@ -64,6 +74,8 @@ struct cuda_twin {
     uint64_t bytes;
     bool on_host, on_device; /* where it is valid */
     bool blank;              /* zeros that nobody has written to */
+    bool staging;            /* host memory is page-locked, */
+    bool leaving;            /* and what the device has is on its way there */
 };
 
 /* ---- planning (cuda_plan.c) */
@@ -77,7 +89,9 @@ struct cuda_weights_size {
 };
 
 struct cuda_plan {
-    uint64_t hidden, kv, weights, workspace, total;
+    uint64_t hidden, kv, weights, workspace;
+    uint64_t chosen; /* scores, ranks, and the rows that leave, at most */
+    uint64_t total;
     bool resident;
 };
 
@@ -97,6 +111,8 @@ struct layer {
     uint32_t index;
     uint8_t *memory;
     float *attn_norm, *ffn_norm;
+    float *bias;                    /* of q, k and v; NULL where the model has none */
+    float *q_norm, *k_norm;         /* NULL likewise */
     void *qkv, *o, *gate_up, *down; /* [n_out][n_in] T; gate above up */
     bool own;                       /* not of a slot: freed by layer_free() */
 };
@@ -115,11 +131,12 @@ struct cuda_part {
     uint64_t to;            /* bytes into a layer's memory */
 };
 
-#define CUDA_PARTS 9u /* seven matrices and two norms */
+#define CUDA_PARTS (unsigned)MODEL_LAYER_WEIGHTS /* at most */
 
 struct cuda_layout {
     struct cuda_part part[CUDA_PARTS];
-    uint64_t raw; /* bytes of the stage */
+    uint32_t n_parts;
+    uint64_t raw, bytes; /* of the stage, and on the device */
 };
 
 enum cuda_stage_state { STAGE_EMPTY, STAGE_READING, STAGE_FULL };
@@ -148,6 +165,23 @@ struct cuda_reader {
     struct larder_err e;
 };
 
+/* ---- stored rows (cuda_past.c) */
+
+/* Rows of all layers that a session reads at each of its steps. */
+struct cuda_hold {
+    struct cuda_hold *next;
+    const struct past_rows *rows; /* [n_layers * n_kv_heads]; known by this address */
+    uint32_t n_users;
+    uint32_t n_sent;          /* layers that are there or on their way */
+    uint8_t *memory;          /* on the device */
+    uint64_t bytes;           /* of it */
+    uint64_t at;              /* where the next layer begins */
+    struct cuda_past *host;   /* where the rows are, [n_layers * n_kv_heads], in host memory ... */
+    struct cuda_past *device; /* ... and on the device */
+};
+
+struct replay_ask; /* select_ops.h */
+
 struct cuda_backend {
     struct backend base; /* first, so that it is one */
     const struct cuda_driver *d;
@@ -160,8 +194,10 @@ struct cuda_backend {
     void *room[CUDA_ROOMS];
     uint64_t room_bytes[CUDA_ROOMS];
     struct cuda_twin *twins;
+    struct cuda_hold *holds;
     uint64_t used, peak;
-    bool poison; /* tests: what is not valid on the host is NaN */
+    bool poison;          /* tests: what is not valid on the host is NaN */
+    uint64_t logit_bytes; /* logits of a replay that exist at once; tests have less */
 
     struct cuda_weights_size size;
     bool stream, resident;
@@ -189,9 +225,9 @@ void cuda_release(struct cuda_backend *b, void *p, uint64_t bytes);
 /* At least `bytes` of a room. Growing loses what was in it. */
 int cuda_room(struct cuda_backend *b, enum cuda_room r, uint64_t bytes, void **ret,
               struct larder_err *e);
+/* Both wait until it is there: callers' memory may change or end after the call. */
 int cuda_up(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
             struct larder_err *e);
-/* Waits until it is there. */
 int cuda_down(struct cuda_backend *b, void *to, const void *from, uint64_t bytes,
               struct larder_err *e);
 
@@ -201,7 +237,24 @@ int cuda_twin_find(struct cuda_backend *b, const void *p, bool writes, uint8_t *
                    struct larder_err *e);
 void cuda_memory_close(struct cuda_backend *b);
 
-void *cuda_buffer_new(struct backend *b, uint64_t count, uint64_t size);
+/* Device memory for what a call writes to p: that of a twin, whatever was in it before, or a room
+ * of `bytes`. */
+int cuda_target(struct cuda_backend *b, void *p, enum cuda_room room, uint64_t bytes, uint8_t **ret,
+                struct larder_err *e);
+/* What was written there: it stays where it is, or is on its way (staging), or is copied to p. */
+int cuda_deliver(struct cuda_backend *b, void *p, const void *device, uint64_t bytes,
+                 struct larder_err *e);
+/* A part of a staging buffer from anywhere on the device. */
+int cuda_leave(struct cuda_backend *b, struct cuda_twin *t, void *to, const void *device,
+               uint64_t bytes, struct larder_err *e);
+/* The device writes to it: the host's copy is not valid any more. */
+void cuda_taken(const struct cuda_backend *b, struct cuda_twin *t);
+struct cuda_twin *cuda_twin_of(struct cuda_backend *b, const void *p);
+/* `bytes` at p on the device: those of a twin, or copied to a room. */
+int cuda_source(struct cuda_backend *b, const void *p, enum cuda_room room, uint64_t bytes,
+                uint8_t **ret, struct larder_err *e);
+
+void *cuda_buffer_new(struct backend *b, uint64_t count, uint64_t size, bool staging);
 void cuda_buffer_free(struct backend *b, void *p);
 int cuda_buffer_view(struct backend *b, const void *p, enum backend_view how, struct larder_err *e);
 
@@ -220,11 +273,22 @@ int cuda_read_rows(struct cuda_backend *b, uint32_t layer, enum model_weight whi
 int cuda_read_norm(struct cuda_backend *b, uint32_t layer, enum model_weight which, void *to,
                    struct larder_err *e);
 
+int cuda_hold(struct backend *b, const struct past_rows *past, struct larder_err *e);
+void cuda_hold_end(struct backend *b, const struct past_rows *past);
+/* Table [n_kv_heads] of a layer's rows on the device, for what comes next on CUDA_COMPUTE. */
+int cuda_past_find(struct cuda_backend *b, const struct past_rows *past, struct cuda_past **ret,
+                   struct larder_err *e);
+/* Send the held rows of the layer behind the one whose rows are `past`, while that one computes. */
+int cuda_past_ahead(struct cuda_backend *b, const struct past_rows *past, struct larder_err *e);
+
 /* ---- geometry (cuda_launch.c): grids and shared memory, from shapes alone */
 struct cuda_launch cuda_grid_rows(enum cuda_kernel k, bool bf16, uint64_t rows, const void *args);
 struct cuda_launch cuda_grid_flat(enum cuda_kernel k, bool bf16, uint64_t n, const void *args);
-/* wide: keys and values are f32 although T is bf16. */
-struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool wide);
+/* Blocks that share the keys, of which there are at most n_keys, of the same rows. */
+uint32_t cuda_attend_splits(const struct cuda_attend_args *a, uint32_t n_keys);
+/* bf16_past: what is stored, if anything is, is bf16. */
+struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16, bool bf16_past);
+struct cuda_launch cuda_grid_merge(const struct cuda_attend_args *a, bool bf16);
 struct cuda_launch cuda_grid_window(enum cuda_kernel k, bool bf16,
                                     const struct cuda_window_args *a);
 /* Heads whose window logits exist at once. */
@@ -232,7 +296,7 @@ uint32_t cuda_window_batch(uint32_t n_heads, uint32_t n, uint32_t w);
 
 int cuda_run(struct cuda_backend *b, struct cuda_launch l, struct larder_err *e);
 
-/* ---- steps (cuda_forward.c, cuda_resume.c) */
+/* ---- steps (cuda_forward.c, cuda_attention.c) */
 int cuda_qkv(struct backend *b, const struct layer *l, const struct project *p,
              struct larder_err *e);
 int cuda_finish(struct backend *b, const struct layer *l, float *hidden, const void *o, uint32_t n,
@@ -241,7 +305,13 @@ int cuda_logits(struct backend *b, const struct head *h, const float *hidden, ui
                 float *out, struct larder_err *e);
 int cuda_attend(struct backend *b, const struct attend *a, struct larder_err *e);
 int cuda_window(struct backend *b, const struct window_mass *x, struct larder_err *e);
+/* The same; the mass stays on the device, in a room. */
+int cuda_window_mass(struct cuda_backend *b, const struct window_mass *x, float **ret,
+                     struct larder_err *e);
 int cuda_resume(struct backend *b, const struct resume *r, struct larder_err *e);
+
+extern const struct select_ops cuda_select; /* cuda_select.c */
+int cuda_replay(struct backend *b, const struct replay_ask *x, struct larder_err *e);
 
 /* Rows of a caller on the device: [heads][stride][d], in place or copied to a room. */
 struct cuda_rows {

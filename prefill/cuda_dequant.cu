@@ -1,11 +1,10 @@
-/* cuda_dequant.cu - stored weights and stored K/V rows become elements.
+/* cuda_dequant.cu - stored weights become elements.
  *
  * The one idea: one thread an element, each format one short function that says what element j of
  * a block is. Products and sums are rounded one after the other (this file is compiled without
- * fused multiply-add), so f32 results are those of dequant.c and packed.c bit for bit. */
+ * fused multiply-add), so f32 results are those of dequant.c bit for bit. */
 #include "cuda_prim.cuh"
 #include "dequant.h"
-#include "geom.h"
 
 /* Element j of a block of 32 with a scale, perhaps a minimum, perhaps fifth bits. */
 template <bool five, bool min> PRIM float small(const uint8_t *b, uint32_t j, int offset)
@@ -91,82 +90,9 @@ template <typename T> __global__ void dequant_kernel(struct cuda_dequant_args a)
     }
 }
 
-/* ---- stored rows (FORMAT.md, "Packed tiles") */
-
-#define GROUP 32u
-
-/* Element c of packed row r, counted after the exact rows. */
-PRIM float packed_element(const struct cuda_past_args *a, uint32_t r, uint32_t c)
-{
-    uint32_t d = a->d;
-    uint64_t at = (uint64_t)r * d + c;
-    const uint8_t *scales = a->src + a->scales, *s;
-    uint8_t code;
-
-    if (a->dtype == KV_INT8) {
-        s = scales + 2ull * (a->keys ? c : r);
-        return (float)(int8_t)a->src[a->codes + at] * prim_f16(s);
-    }
-    if (a->keys)
-        s = scales + ((uint64_t)(r / GROUP) * d + c) * 4;
-    else
-        s = scales + ((uint64_t)r * ((d + GROUP - 1) / GROUP) + c / GROUP) * 4;
-    code = a->src[a->codes + at / 2];
-    return prim_f16(s) + (float)(at % 2 ? code >> 4 : code & 15) * prim_f16(s + 2);
-}
-
-PRIM float past_element(const struct cuda_past_args *a, uint64_t i)
-{
-    uint32_t row = (uint32_t)(i / a->d), c = (uint32_t)(i % a->d);
-
-    if (a->dtype == KV_F32)
-        return ((const float *)a->src)[i];
-    if (a->dtype == KV_BF16 || row < a->n_exact)
-        return prim_bf16(a->src + 2 * i);
-    return packed_element(a, row - a->n_exact, c);
-}
-
-template <typename T> __global__ void past_kernel(struct cuda_past_args a)
-{
-    uint64_t n = (uint64_t)a.n_rows * a.d;
-
-    for (uint64_t i = prim_thread(); i < n; i += prim_threads()) {
-        float x = past_element(&a, i);
-
-        if (a.wide)
-            ((float *)a.dst)[i] = x;
-        else
-            prim_store((T *)a.dst + i, x);
-    }
-}
-
-template <typename T> __global__ void tail_kernel(struct cuda_tail_args a)
-{
-    uint64_t row = (uint64_t)a.n * a.d, n = a.n_kv * row;
-
-    for (uint64_t i = prim_thread(); i < n; i += prim_threads()) {
-        uint32_t g = (uint32_t)(i / row);
-        float x = prim_load(((const T *)a.src)[g * a.stride * a.d + i % row]);
-        uint64_t to = (g * a.dst_stride + a.n_past[g]) * a.d + i % row;
-
-        if (a.wide)
-            ((float *)a.dst)[to] = x;
-        else
-            prim_store((T *)a.dst + to, x);
-    }
-}
-
 extern "C" int cuda_launch_dequant(const struct cuda_launch *l, void *stream)
 {
-    if (l->kernel == CUDA_DEQUANT && l->bf16)
-        PRIM_LAUNCH(dequant_kernel<uint16_t>, struct cuda_dequant_args, l, stream);
-    if (l->kernel == CUDA_DEQUANT)
-        PRIM_LAUNCH(dequant_kernel<float>, struct cuda_dequant_args, l, stream);
-    if (l->kernel == CUDA_PAST && l->bf16)
-        PRIM_LAUNCH(past_kernel<uint16_t>, struct cuda_past_args, l, stream);
-    if (l->kernel == CUDA_PAST)
-        PRIM_LAUNCH(past_kernel<float>, struct cuda_past_args, l, stream);
     if (l->bf16)
-        PRIM_LAUNCH(tail_kernel<uint16_t>, struct cuda_tail_args, l, stream);
-    PRIM_LAUNCH(tail_kernel<float>, struct cuda_tail_args, l, stream);
+        PRIM_LAUNCH(dequant_kernel<uint16_t>, struct cuda_dequant_args, l, stream);
+    PRIM_LAUNCH(dequant_kernel<float>, struct cuda_dequant_args, l, stream);
 }

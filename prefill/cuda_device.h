@@ -11,13 +11,18 @@
 #define LARDER_CUDA_DEVICE_H
 
 #include "cuda_kernel.h"
+#include "geom.h"
 #include "larder_status.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define CUDA_OUT_OF_MEMORY 2               /* the driver's number for it */
+#define CUDA_OUT_OF_MEMORY 2 /* the driver's number for it */
+
+/* Marks: two of a slot of weights, one of a layer's held rows. */
+#define CUDA_MARK_HELD (2 * KV_MAX_LAYERS)
+#define CUDA_MARKS (3 * KV_MAX_LAYERS + 2) /* and those of what leaves */
 
 struct cuda_info {
     char name[96];
@@ -34,6 +39,8 @@ struct cuda_gemm {
     uint64_t ldx, ldy;
     uint32_t n, n_in, n_out;
     bool bf16, add;
+    uint32_t batch;              /* more than 1: so many products by the same w, */
+    uint64_t x_stride, y_stride; /* whose x and y are so far apart */
 };
 
 enum cuda_way { CUDA_TO_DEVICE, CUDA_TO_HOST, CUDA_ON_DEVICE };

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 
 #include "cuda_device.h"
-#include "geom.h"
 
 #define WORKSPACE (64ull << 20) /* cuBLAS recommends 32 MiB on Hopper */
 #define MAX_SHAPES 256u
@@ -23,6 +22,8 @@ struct shape {
     uint32_t n, n_in, n_out;
     bool bf16, add;
     uint64_t ldx, ldy;
+    uint32_t batch;
+    uint64_t x_stride, y_stride;
     uint32_t align; /* of all three matrices */
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t w, x, y;
@@ -32,7 +33,7 @@ struct shape {
 struct device {
     int index;
     cudaStream_t lane[CUDA_LANES];
-    cudaEvent_t mark[2 * KV_MAX_LAYERS];
+    cudaEvent_t mark[CUDA_MARKS];
     cublasLtHandle_t lt;
     void *workspace;
     struct shape shape[MAX_SHAPES];
@@ -42,6 +43,14 @@ struct device {
 device *of(void *d)
 {
     return (device *)d;
+}
+
+/* The runtime keeps the last error for whoever asks next, which would be a launch that is well. */
+int told(cudaError_t rc)
+{
+    if (rc)
+        cudaGetLastError();
+    return rc;
 }
 
 int lt_rc(cublasStatus_t s)
@@ -157,7 +166,7 @@ int open(void **ret, struct cuda_info *info, struct larder_err *e)
 int free_bytes(void *, uint64_t *ret)
 {
     size_t left = 0, total = 0;
-    int rc = cudaMemGetInfo(&left, &total);
+    int rc = told(cudaMemGetInfo(&left, &total));
 
     *ret = left;
     return rc;
@@ -165,32 +174,24 @@ int free_bytes(void *, uint64_t *ret)
 
 int alloc(void *, uint64_t bytes, void **ret)
 {
-    int rc = cudaMalloc(ret, bytes);
-
-    if (rc)
-        cudaGetLastError(); /* an allocation that failed is no reason for later calls to fail */
-    return rc;
+    return told(cudaMalloc(ret, bytes));
 }
 
 void release(void *, void *p)
 {
-    cudaDeviceSynchronize();
-    cudaFree(p);
+    told(cudaDeviceSynchronize());
+    told(cudaFree(p));
 }
 
 int pin(void *, uint64_t bytes, void **ret)
 {
-    int rc = cudaHostAlloc(ret, bytes, cudaHostAllocDefault);
-
-    if (rc)
-        cudaGetLastError();
-    return rc;
+    return told(cudaHostAlloc(ret, bytes, cudaHostAllocDefault));
 }
 
 void unpin(void *, void *p)
 {
-    cudaDeviceSynchronize();
-    cudaFreeHost(p);
+    told(cudaDeviceSynchronize());
+    told(cudaFreeHost(p));
 }
 
 int copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
@@ -199,35 +200,48 @@ int copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
     const cudaMemcpyKind kind[] = {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost,
                                    cudaMemcpyDeviceToDevice};
 
-    return cudaMemcpyAsync(to, from, bytes, kind[way], of(d)->lane[lane]);
+    return told(cudaMemcpyAsync(to, from, bytes, kind[way], of(d)->lane[lane]));
 }
 
 int zero(void *d, void *to, uint64_t bytes, enum cuda_lane lane)
 {
-    return cudaMemsetAsync(to, 0, bytes, of(d)->lane[lane]);
+    return told(cudaMemsetAsync(to, 0, bytes, of(d)->lane[lane]));
 }
 
 int mark(void *d, uint32_t m, enum cuda_lane lane)
 {
-    return cudaEventRecord(of(d)->mark[m], of(d)->lane[lane]);
+    return told(cudaEventRecord(of(d)->mark[m], of(d)->lane[lane]));
 }
 
 int wait(void *d, uint32_t m, enum cuda_lane lane)
 {
-    return cudaStreamWaitEvent(of(d)->lane[lane], of(d)->mark[m], 0);
+    return told(cudaStreamWaitEvent(of(d)->lane[lane], of(d)->mark[m], 0));
 }
 
 int sync_mark(void *d, uint32_t m)
 {
-    return cudaEventSynchronize(of(d)->mark[m]);
+    return told(cudaEventSynchronize(of(d)->mark[m]));
 }
 
 int sync(void *d, enum cuda_lane lane)
 {
-    return cudaStreamSynchronize(of(d)->lane[lane]);
+    return told(cudaStreamSynchronize(of(d)->lane[lane]));
 }
 
 /* ---- products */
+
+/* One matrix of a batch after the other; 0 apart: the same one. */
+int apart(cublasLtMatrixLayout_t m, uint32_t batch, uint64_t stride)
+{
+    const int32_t count = (int32_t)batch;
+    const int64_t far = (int64_t)stride;
+    int rc = lt_rc(cublasLtMatrixLayoutSetAttribute(m, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                                    sizeof count));
+
+    return rc ? rc
+              : lt_rc(cublasLtMatrixLayoutSetAttribute(
+                    m, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &far, sizeof far));
+}
 
 int describe(struct shape *s)
 {
@@ -246,13 +260,20 @@ int describe(struct shape *s)
         rc = lt_rc(cublasLtMatrixLayoutCreate(&s->x, t, s->n_in, s->n, (int64_t)s->ldx));
     if (!rc)
         rc = lt_rc(cublasLtMatrixLayoutCreate(&s->y, CUDA_R_32F, s->n_out, s->n, (int64_t)s->ldy));
-    return rc;
+    if (rc || s->batch <= 1)
+        return rc;
+    rc = apart(s->w, s->batch, 0);
+    if (!rc)
+        rc = apart(s->x, s->batch, s->x_stride);
+    return rc ? rc : apart(s->y, s->batch, s->y_stride);
 }
 
 /* Rows in the middle of a buffer start anywhere; cuBLASLt takes 256 bytes for granted. */
 uint32_t alignment(const struct cuda_gemm *g)
 {
     uintptr_t bits = (uintptr_t)g->x | (uintptr_t)g->w | (uintptr_t)g->y | 256;
+
+    bits |= g->x_stride * (g->bf16 ? 2 : 4) | g->y_stride * 4;
 
     return (uint32_t)(bits & -bits);
 }
@@ -294,6 +315,8 @@ int choose(device *d, struct shape *s)
     cublasLtMatmulPreferenceDestroy(p);
     if (!rc && !found)
         rc = NO_ALGORITHM;
+    if (!rc) /* the rest of a result is only valid then */
+        rc = lt_rc(best.state);
     if (!rc)
         s->algo = best.algo;
     return rc;
@@ -320,8 +343,8 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     for (uint32_t i = 0; i < d->n_shapes; i++) {
         s = &d->shape[i];
         if (s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
-            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy &&
-            s->align == alignment(g)) {
+            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy && s->batch == g->batch &&
+            s->x_stride == g->x_stride && s->y_stride == g->y_stride && s->align == alignment(g)) {
             *ret = s;
             return 0;
         }
@@ -337,6 +360,9 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     s->add = g->add;
     s->ldx = g->ldx;
     s->ldy = g->ldy;
+    s->batch = g->batch;
+    s->x_stride = g->x_stride;
+    s->y_stride = g->y_stride;
     s->align = alignment(g);
     rc = describe(s);
     if (!rc)

@@ -1,4 +1,4 @@
-/* cuda_forward.c - the forward pass of backend `cuda`: projections, MLP, attention, logits.
+/* cuda_forward.c - the forward pass of backend `cuda`: projections, MLP, window mass, logits.
  *
  * The one idea: rows go through the products CUDA_ROWS at a time, so that the workspace does not
  * grow with the document; hidden states, Q, K, V and O are whole, and stay on the device when
@@ -65,12 +65,6 @@ static int work_rooms(struct cuda_backend *b, uint32_t n, struct work *w, struct
     return rc;
 }
 
-static int send_frequencies(struct cuda_backend *b, const struct rope *r, void *to,
-                            struct larder_err *e)
-{
-    return cuda_up(b, to, r->freq, b->base.p->rope_dims / 2 * sizeof *r->freq, e);
-}
-
 /* ---- hidden states of a caller */
 
 static int hidden_in(struct cuda_backend *b, const float *hidden, uint32_t n, bool writes,
@@ -107,27 +101,37 @@ static int plan_rows(struct cuda_backend *b, uint64_t n, struct larder_err *e)
 
 /* ---- qkv */
 
+/* Where the rows of a call are. */
+struct projected {
+    const float *hidden;
+    struct cuda_rows q, k, v;
+    double factor; /* of the rotation table */
+};
+
 static int qkv_block(struct cuda_backend *b, const struct layer *l, const struct work *w,
-                     const float *hidden, uint32_t row0, uint32_t n, const struct cuda_rows *q,
-                     const struct cuda_rows *k, const struct cuda_rows *v, struct larder_err *e)
+                     const struct projected *to, uint32_t row0, uint32_t n, struct larder_err *e)
 {
     const struct model_params *p = b->base.p;
     const struct kv_geom *g = &p->geom;
     uint32_t wide = (g->n_heads + 2 * g->n_kv_heads) * g->head_dim;
-    struct cuda_angles_args angles = {(uint32_t *)w->pos + row0, w->freq, w->angles, n,
-                                      p->rope_dims / 2};
+    struct cuda_angles_args angles = {(uint32_t *)w->pos + row0, w->freq,   w->angles, n,
+                                      p->rope_dims / 2,          to->factor};
     struct cuda_rope_args rope = {.x = w->wide,
                                   .table = w->angles,
-                                  .q = q->device,
-                                  .k = k->device,
-                                  .v = v->device,
+                                  .bias = l->bias,
+                                  .q_norm = l->q_norm,
+                                  .k_norm = l->k_norm,
+                                  .eps = p->norm_eps,
+                                  .q = to->q.device,
+                                  .k = to->k.device,
+                                  .v = to->v.device,
                                   .n_heads = g->n_heads,
                                   .n_kv = g->n_kv_heads,
                                   .d = g->head_dim,
                                   .dims = p->rope_dims,
                                   .row0 = row0,
-                                  .stride = q->stride};
-    int rc = normalise(b, hidden + (uint64_t)row0 * p->n_hidden, l->attn_norm, n, w->x, e);
+                                  .stride = to->q.stride};
+    int rc = normalise(b, to->hidden + (uint64_t)row0 * p->n_hidden, l->attn_norm, n, w->x, e);
 
     if (!rc)
         rc = multiply(b, w->x, n, p->n_hidden, l->qkv, wide, w->wide, false, e);
@@ -144,7 +148,7 @@ int cuda_qkv(struct backend *base, const struct layer *l, const struct project *
     struct cuda_backend *b = cuda_of(base);
     const struct kv_geom *g = &base->p->geom;
     uint32_t n = p->n, stride = p->stride;
-    struct cuda_rows qr, kr, vr;
+    struct projected to = {.factor = p->rope->factor};
     struct work w = {0};
     uint8_t *h = NULL;
     int rc = plan_rows(b, n, e);
@@ -153,26 +157,26 @@ int cuda_qkv(struct backend *base, const struct layer *l, const struct project *
         rc = work_rooms(b, n, &w, e);
     if (!rc)
         rc = hidden_in(b, p->hidden, n, false, &h, e);
+    to.hidden = (float *)(void *)h;
     if (!rc)
-        rc = cuda_rows_out(b, p->q, ROOM_Q, g->n_heads, stride, n, &qr, e);
+        rc = cuda_rows_out(b, p->q, ROOM_Q, g->n_heads, stride, n, &to.q, e);
     if (!rc)
-        rc = cuda_rows_out(b, p->k, ROOM_K, g->n_kv_heads, stride, n, &kr, e);
+        rc = cuda_rows_out(b, p->k, ROOM_K, g->n_kv_heads, stride, n, &to.k, e);
     if (!rc)
-        rc = cuda_rows_out(b, p->v, ROOM_V, g->n_kv_heads, stride, n, &vr, e);
-    if (!rc && (qr.copied != kr.copied || kr.copied != vr.copied))
+        rc = cuda_rows_out(b, p->v, ROOM_V, g->n_kv_heads, stride, n, &to.v, e);
+    if (!rc && (to.q.copied != to.k.copied || to.k.copied != to.v.copied))
         rc = larder_fail(e, LARDER_EINTERNAL, "q, k and v must be the same kind of memory");
     if (!rc)
         rc = cuda_up(b, w.pos, p->pos, n * sizeof *p->pos, e);
     if (!rc)
-        rc = send_frequencies(b, p->rope, w.freq, e);
+        rc = cuda_up(b, w.freq, p->rope->freq, base->p->rope_dims / 2 * sizeof *p->rope->freq, e);
     for (uint32_t i = 0; i < n && !rc; i += CUDA_ROWS)
-        rc = qkv_block(b, l, &w, (float *)(void *)h, i, n - i < CUDA_ROWS ? n - i : CUDA_ROWS, &qr,
-                       &kr, &vr, e);
+        rc = qkv_block(b, l, &w, &to, i, n - i < CUDA_ROWS ? n - i : CUDA_ROWS, e);
     if (!rc)
-        rc = cuda_rows_back(b, p->q, &qr, g->n_heads, stride, n, e);
+        rc = cuda_rows_back(b, p->q, &to.q, g->n_heads, stride, n, e);
     if (!rc)
-        rc = cuda_rows_back(b, p->k, &kr, g->n_kv_heads, stride, n, e);
-    return rc ? rc : cuda_rows_back(b, p->v, &vr, g->n_kv_heads, stride, n, e);
+        rc = cuda_rows_back(b, p->k, &to.k, g->n_kv_heads, stride, n, e);
+    return rc ? rc : cuda_rows_back(b, p->v, &to.v, g->n_kv_heads, stride, n, e);
 }
 
 /* ---- finish */
@@ -222,57 +226,19 @@ int cuda_finish(struct backend *base, const struct layer *l, float *hidden, cons
     return rc;
 }
 
-/* ---- attention inside one sequence */
-
-int cuda_attend(struct backend *base, const struct attend *t, struct larder_err *e)
-{
-    struct cuda_backend *b = cuda_of(base);
-    const struct kv_geom *g = &base->p->geom;
-    struct cuda_attend_args a = {.n_heads = g->n_heads,
-                                 .group = g->n_heads / g->n_kv_heads,
-                                 .d = g->head_dim,
-                                 .n_rows = t->n,
-                                 .row0 = t->row0,
-                                 .n_tail = t->n,
-                                 .scale = (float)(1 / sqrt(g->head_dim))};
-    uint64_t row = (uint64_t)g->n_heads * g->head_dim * b->elem;
-    struct cuda_rows q, k, v, o;
-    int rc = cuda_rows_in(b, t->q, ROOM_Q, g->n_heads, t->stride, t->n, &q, e);
-
-    if (!rc)
-        rc = cuda_rows_in(b, t->k, ROOM_K, g->n_kv_heads, t->stride, t->n, &k, e);
-    if (!rc)
-        rc = cuda_rows_in(b, t->v, ROOM_V, g->n_kv_heads, t->stride, t->n, &v, e);
-    if (!rc)
-        rc = cuda_rows_out(b, t->o, ROOM_O, 1, (uint64_t)t->n * g->n_heads, t->n * g->n_heads, &o,
-                           e);
-    if (rc)
-        return rc;
-    a.q = q.device;
-    a.k = k.device;
-    a.v = v.device;
-    a.o = o.device;
-    a.q_stride = q.stride;
-    a.kv_stride = k.stride;
-    rc = cuda_run(b, cuda_grid_attend(&a, b->bf16, false), e);
-    if (!rc && o.copied) /* rows before row0 are the caller's */
-        rc = cuda_down(b, (uint8_t *)t->o + t->row0 * row, o.device + t->row0 * row,
-                       (t->n - t->row0) * row, e);
-    return rc;
-}
-
 /* ---- window mass */
 
-int cuda_window(struct backend *base, const struct window_mass *x, struct larder_err *e)
+int cuda_window_mass(struct cuda_backend *b, const struct window_mass *x, float **ret,
+                     struct larder_err *e)
 {
-    struct cuda_backend *b = cuda_of(base);
-    const struct kv_geom *g = &base->p->geom;
+    const struct kv_geom *g = &b->base.p->geom;
     uint32_t n = x->n, w = x->w, batch = cuda_window_batch(g->n_heads, n, w);
-    uint64_t mass_bytes = (uint64_t)g->n_heads * (n - w) * sizeof *x->mass;
+    uint64_t mass_bytes = (uint64_t)g->n_heads * (n - w) * sizeof(float);
     struct cuda_window_args a = {.n = n,
                                  .w = w,
                                  .d = g->head_dim,
                                  .group = g->n_heads / g->n_kv_heads,
+                                 .sliding = x->sliding,
                                  .scale = (float)(1 / sqrt(g->head_dim))};
     void *logit = NULL, *stat = NULL, *out = NULL;
     struct cuda_rows qr, kr;
@@ -302,7 +268,17 @@ int cuda_window(struct backend *base, const struct window_mass *x, struct larder
         if (!rc)
             rc = cuda_run(b, cuda_grid_window(CUDA_WINDOW_MASS, b->bf16, &a), e);
     }
-    return rc ? rc : cuda_down(b, x->mass, out, mass_bytes, e);
+    *ret = out;
+    return rc;
+}
+
+int cuda_window(struct backend *base, const struct window_mass *x, struct larder_err *e)
+{
+    uint64_t bytes = (uint64_t)base->p->geom.n_heads * (x->n - x->w) * sizeof *x->mass;
+    float *mass = NULL;
+    int rc = cuda_window_mass(cuda_of(base), x, &mass, e);
+
+    return rc ? rc : cuda_down(cuda_of(base), x->mass, mass, bytes, e);
 }
 
 /* ---- logits */

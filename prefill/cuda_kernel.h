@@ -28,22 +28,31 @@ enum cuda_kernel {
     CUDA_ANGLES,
     CUDA_ROPE,
     CUDA_SWIGLU,
-    CUDA_PAST,
-    CUDA_TAIL,
-    CUDA_ATTEND,     /* any head_dim, f32 products */
+    CUDA_ATTEND,     /* any head_dim and any stored rows, f32 products */
+    CUDA_MERGE,      /* what several blocks of CUDA_ATTEND made of the same rows */
     CUDA_ATTEND_MMA, /* bf16 tensor cores; variant: head_dim */
     CUDA_WINDOW_LOGITS,
     CUDA_WINDOW_STATS,
     CUDA_WINDOW_MASS,
+    CUDA_POOL, /* cuda_select.h */
+    CUDA_TOKENS,
+    CUDA_RANK,
+    CUDA_SPREAD,
+    CUDA_SPREAD_SUM,
+    CUDA_TOP,
+    CUDA_GATHER,       /* variant: bytes of a unit */
+    CUDA_REPLAY_STATS, /* cuda_replay.h */
+    CUDA_REPLAY_PART,
+    CUDA_REPLAY_SCORE,
     CUDA_KERNELS,
 };
 
-enum cuda_lane { CUDA_COMPUTE, CUDA_COPY, CUDA_LANES };
+enum cuda_lane { CUDA_COMPUTE, CUDA_COPY, CUDA_LEAVE, CUDA_LANES };
 
 struct cuda_launch {
     enum cuda_kernel kernel;
-    bool bf16;        /* T */
-    uint32_t variant; /* of CUDA_ATTEND: keys and values are f32 although T is bf16 */
+    bool bf16; /* T */
+    uint32_t variant;
     uint32_t grid[3], block, shared;
     enum cuda_lane lane;
     const void *args; /* the struct of the kernel, below */
@@ -66,18 +75,22 @@ struct cuda_rmsnorm_args {
     double eps;
 };
 
-/* table[n][2][half]: cos, sin of pos[i] * freq[j]. */
+/* table[n][2][half]: cos, sin of pos[i] * freq[j], times `factor`. */
 struct cuda_angles_args {
     const uint32_t *pos;
     const double *freq;
     float *table;
     uint32_t n, half;
+    double factor;
 };
 
-/* Rows of x, [n][(n_heads + 2 n_kv) d], rotated (q, k) and scattered to rows row0.. of
- * [heads][stride][d]. One block a row. */
+/* Rows of x, [n][(n_heads + 2 n_kv) d]: bias added, normalised and rotated (q, k), and scattered to
+ * rows row0.. of [heads][stride][d]. One block a row, a warp a head. */
 struct cuda_rope_args {
     const float *x, *table;
+    const float *bias;            /* [(n_heads + 2 n_kv) d], or NULL */
+    const float *q_norm, *k_norm; /* [d], or NULL */
+    double eps;                   /* of the norms */
     void *q, *k, *v;
     uint32_t n_heads, n_kv, d, dims; /* dims: rotated elements of a head */
     uint64_t row0, stride;
@@ -91,43 +104,42 @@ struct cuda_swiglu_args {
     uint32_t n_ff;
 };
 
-/* Stored rows of one KV head, as rows of T (packed: f32). */
-struct cuda_past_args {
-    const uint8_t *src;
-    void *dst; /* [n_rows][d] */
-    uint32_t n_rows, d;
-    uint32_t dtype; /* enum kv_dtype */
-    bool keys;
-    uint32_t n_exact;       /* packed.h */
-    uint64_t scales, codes; /* packed.h */
-    bool wide;              /* dst is f32 */
+/* Keys or values of one KV head as they are stored: [n_rows][d], or a tile (packed.h). */
+struct cuda_tile {
+    const uint8_t *at;
+    uint64_t scales, codes; /* bytes from its start */
 };
 
-/* Rows 0..n of src [n_kv][stride][d] T behind the stored ones: dst [n_kv][dst_stride][d]. */
-struct cuda_tail_args {
-    const void *src;
-    void *dst;
-    const uint32_t *n_past; /* [n_kv] */
-    uint64_t stride, dst_stride;
-    uint32_t n, d, n_kv;
-    bool wide; /* dst is f32 */
+/* Stored rows of one KV head. Tensor cores want bf16 at multiples of 16 bytes. */
+struct cuda_past {
+    struct cuda_tile k, v;
+    const float *bias;        /* [n_rows], or NULL */
+    const uint32_t *position; /* [n_rows], ascending; read where `sliding` is not 0 */
+    uint32_t n_rows;
+    uint32_t dtype;   /* enum kv_dtype */
+    uint32_t n_exact; /* packed.h */
 };
 
-/* o[i][h] = softmax(q[h][i] . K / sqrt(d) + bias) V for rows row0 <= i < n_rows; row i sees
- * n_past[g] + n_tail - n_rows + i + 1 keys of its KV head g. */
+/* o[i][h] = softmax(q[h][i] . K / sqrt(d) + bias) V for rows row0 <= i < n_rows. Keys of a KV head
+ * are its stored rows and behind them n_tail of the sequence's own, at positions pos0 and up; the
+ * last n_rows of these are the rows i, of which each sees the keys up to its own that are less than
+ * `sliding` positions before it (0: all of them). CUDA_ATTEND deals the keys of few rows out to
+ * n_splits blocks, whose sums CUDA_MERGE joins in order. */
 struct cuda_attend_args {
     const void *q, *k, *v;
-    void *o;                /* [n_rows][n_heads * d] */
-    const float *bias;      /* [n_kv][bias_stride], of the first n_past[g] keys; or NULL */
-    const uint32_t *n_past; /* [n_kv]; NULL: none */
-    uint64_t q_stride, kv_stride, bias_stride;
+    void *o;                      /* [n_rows][n_heads * d] */
+    const struct cuda_past *past; /* [n_kv]; NULL: none */
+    uint64_t q_stride, kv_stride;
     uint32_t n_heads, group, d;
     uint32_t n_rows, row0, n_tail;
+    uint32_t sliding, pos0;
+    uint32_t n_splits; /* 1: o is written at once */
+    float *part; /* [n_rows - row0][n_heads][n_splits][d + 2]: sums, their maximum and total */
     float scale;
 };
 
 /* Window mass in three steps, over heads head0 .. head0 + n_batch - 1:
- * logit[b][i][j] = q[h][n - w + i] . k[g][j] / sqrt(d), j <= n - w + i;
+ * logit[b][i][j] = q[h][n - w + i] . k[g][j] / sqrt(d) of the keys j that row n - w + i sees;
  * stat[b][i] = (maximum, 1 / sum); mass[h][j] = sum over i of exp(logit - maximum) / sum. */
 struct cuda_window_args {
     const void *q, *k;
@@ -136,13 +148,16 @@ struct cuda_window_args {
     float *mass;  /* [n_heads][n - w] */
     uint64_t stride;
     uint32_t n, w, d, group, head0, n_batch;
+    uint32_t sliding; /* as in struct cuda_attend_args */
     float scale;
 };
 
 #define CUDA_ROW_BLOCK 256u  /* threads of row kernels */
-#define CUDA_ATTEND_ROWS 16u /* query rows of a block of CUDA_ATTEND */
+#define CUDA_ATTEND_ROWS 16u /* query rows of a block of CUDA_ATTEND, of all heads of a group */
 #define CUDA_ATTEND_KEYS 32u
-#define CUDA_MMA_ROWS 64u /* of CUDA_ATTEND_MMA: four warps of 16 rows */
+#define CUDA_SPLIT_KEYS 256u  /* keys that are worth a block of their own */
+#define CUDA_SPLIT_BLOCKS 256 /* a GPU has about half as many processors */
+#define CUDA_MMA_ROWS 64u     /* of CUDA_ATTEND_MMA: four warps of 16 rows */
 #define CUDA_MMA_KEYS 64u
 #define CUDA_MMA_PAD 8u      /* elements after each row in shared memory: no bank conflicts */
 #define CUDA_WINDOW_ROWS 16u /* window rows and keys of a block of CUDA_WINDOW_LOGITS */

@@ -1,4 +1,4 @@
-/* cuda_mma.cu - causal attention in bf16 on tensor cores.
+/* cuda_mma.cu - attention in bf16 on tensor cores.
  *
  * The one idea: FlashAttention-2 (arXiv 2307.08691). A block has 64 query rows of a head, 16 for
  * each of its four warps; keys and values pass through shared memory 64 at a time, the next ones
@@ -6,7 +6,7 @@
  * product has the layout that the second wants its left operand in, so probabilities never touch
  * memory. Rows in shared memory are 16 bytes longer than they need be, which puts the eight
  * rows of a matrix load on different banks. */
-#include "cuda_prim.cuh"
+#include "cuda_past.cuh"
 
 #define ROWS CUDA_MMA_ROWS
 #define KEYS CUDA_MMA_KEYS
@@ -14,15 +14,23 @@
 #define TILES (KEYS / 8) /* key tiles of 8 in a step */
 #define LOG2E 1.4426950408889634f
 
-/* Copy rows of [..][D] bf16 to shared rows of D + CUDA_MMA_PAD; zeros from row n on. */
-template <int D> PRIM void copy_rows(uint16_t *to, const uint16_t *src, uint32_t n)
+/* Rows of [..][D] bf16: those of `past`, and behind them `own`. */
+struct bf16_rows {
+    const uint16_t *past, *own;
+    uint32_t n_past;
+};
+
+/* Copy rows from.. to shared rows of D + CUDA_MMA_PAD; zeros from row n on. */
+template <int D>
+PRIM void copy_rows(uint16_t *to, const struct bf16_rows *src, uint32_t from, uint32_t n)
 {
     for (uint32_t i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        uint32_t r = i / (D / 8), c = i % (D / 8) * 8;
-        bool there = r < n;
+        uint32_t r = i / (D / 8), c = i % (D / 8) * 8, row = from + r;
+        bool there = row < n;
+        const uint16_t *at = row < src->n_past ? src->past + (uint64_t)row * D
+                                               : src->own + (uint64_t)(row - src->n_past) * D;
 
-        prim_copy16(to + r * (D + CUDA_MMA_PAD) + c, src + (there ? (uint64_t)r * D + c : 0),
-                    there);
+        prim_copy16(to + r * (D + CUDA_MMA_PAD) + c, there ? at + c : src->own, there);
     }
 }
 
@@ -47,7 +55,7 @@ template <int D> struct warp_rows {
     uint32_t q[D / 16][4];
     float o[D / 8][4];
     float max[2], sum[2];
-    uint32_t seen[2]; /* keys that the two rows see */
+    uint32_t from[2], seen[2]; /* the two rows see keys from .. seen - 1 */
 };
 
 /* s = q k^T for the keys in shared memory. */
@@ -79,7 +87,7 @@ PRIM void mask(const struct warp_rows<D> *w, uint32_t key0, const struct cuda_at
 {
     uint32_t col = threadIdx.x % 4 * 2;
     float scale = a->scale * LOG2E;
-    bool whole = key0 + KEYS <= w->seen[0] && !(bias && key0 < past);
+    bool whole = key0 >= w->from[1] && key0 + KEYS <= w->seen[0] && !(bias && key0 < past);
 
 #pragma unroll
     for (uint32_t j = 0; j < TILES; j++) {
@@ -91,7 +99,7 @@ PRIM void mask(const struct warp_rows<D> *w, uint32_t key0, const struct cuda_at
             if (!whole) {
                 if (bias && key < past)
                     s[j][i] += bias[key] * LOG2E;
-                if (key >= w->seen[i / 2])
+                if (key < w->from[i / 2] || key >= w->seen[i / 2])
                     s[j][i] = -INFINITY;
             }
         }
@@ -103,7 +111,7 @@ template <int D> PRIM void soften(struct warp_rows<D> *w, float s[][4])
 {
 #pragma unroll
     for (uint32_t r = 0; r < 2; r++) {
-        float top = w->max[r], total = 0, keep;
+        float top = w->max[r], total = 0, keep, zero;
 
 #pragma unroll
         for (uint32_t j = 0; j < TILES; j++)
@@ -113,11 +121,12 @@ template <int D> PRIM void soften(struct warp_rows<D> *w, float s[][4])
         top = quad_max(top);
         keep = w->max[r] == top ? 1 : exp2f(w->max[r] - top);
         w->max[r] = top;
+        zero = top == -INFINITY ? 0 : top; /* a row that has seen no key yet */
 #pragma unroll
         for (uint32_t j = 0; j < TILES; j++)
 #pragma unroll
             for (uint32_t i = 2 * r; i < 2 * r + 2; i++) {
-                s[j][i] = exp2f(s[j][i] - top);
+                s[j][i] = exp2f(s[j][i] - zero);
                 total += s[j][i];
             }
         w->sum[r] = w->sum[r] * keep + total; /* of this thread's keys; joined at the end */
@@ -195,37 +204,44 @@ template <int D> __global__ void __launch_bounds__(THREADS) mma_kernel(struct cu
     uint16_t *q = (uint16_t *)shared, *k = q + tile, *v = k + 2 * tile; /* two k, two v */
     uint32_t h = blockIdx.y, g = h / a.group;
     uint32_t base = a.row0 + (gridDim.x - 1 - blockIdx.x) * ROWS; /* long rows first */
-    uint32_t rows = a.n_rows - base < ROWS ? a.n_rows - base : ROWS;
+    uint32_t end = a.n_rows - base < ROWS ? a.n_rows : base + ROWS;
     uint32_t row = base + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    uint32_t past = a.n_past ? a.n_past[g] : 0, before = past + a.n_tail - a.n_rows;
-    uint32_t n_keys = before + base + rows;
-    const uint16_t *kh = (const uint16_t *)a.k + (uint64_t)g * a.kv_stride * D;
-    const uint16_t *vh = (const uint16_t *)a.v + (uint64_t)g * a.kv_stride * D;
-    const float *bias = a.bias ? a.bias + g * a.bias_stride : NULL;
+    const struct cuda_past *past = a.past ? a.past + g : NULL;
+    uint32_t n_past = past ? past->n_rows : 0, before = n_past + a.n_tail - a.n_rows;
+    uint32_t n_keys = before + end, first = sees_from(&a, past, base);
+    const struct bf16_rows
+        qs = {NULL, (const uint16_t *)a.q + (uint64_t)h * a.q_stride * D, 0},
+        ks = {past ? (const uint16_t *)past->k.at : NULL,
+              (const uint16_t *)a.k + (uint64_t)g * a.kv_stride * D, n_past},
+        vs = {past ? (const uint16_t *)past->v.at : NULL,
+              (const uint16_t *)a.v + (uint64_t)g * a.kv_stride * D, n_past};
     struct warp_rows<D> w;
     uint32_t at = 0;
 
-    copy_rows<D>(q, (const uint16_t *)a.q + ((uint64_t)h * a.q_stride + base) * D, rows);
-    copy_rows<D>(k, kh, n_keys);
-    copy_rows<D>(v, vh, n_keys);
+    copy_rows<D>(q, &qs, base, end);
+    copy_rows<D>(k, &ks, first, n_keys);
+    copy_rows<D>(v, &vs, first, n_keys);
     prim_commit();
-    w.seen[0] = before + row + 1;
-    w.seen[1] = w.seen[0] + 8;
-    for (uint32_t key0 = 0; key0 < n_keys; key0 += KEYS, at ^= 1) {
+#pragma unroll
+    for (uint32_t r = 0; r < 2; r++) {
+        w.seen[r] = before + row + r * 8 + 1;
+        w.from[r] = sees_from(&a, past, row + r * 8);
+    }
+    for (uint32_t key0 = first; key0 < n_keys; key0 += KEYS, at ^= 1) {
         float s[TILES][4];
         uint32_t next = key0 + KEYS;
 
         if (next < n_keys) { /* the barrier below the last step freed these */
-            copy_rows<D>(k + (at ^ 1) * tile, kh + (uint64_t)next * D, n_keys - next);
-            copy_rows<D>(v + (at ^ 1) * tile, vh + (uint64_t)next * D, n_keys - next);
+            copy_rows<D>(k + (at ^ 1) * tile, &ks, next, n_keys);
+            copy_rows<D>(v + (at ^ 1) * tile, &vs, next, n_keys);
         }
         prim_commit();
         prim_wait<1>();
         __syncthreads();
-        if (!key0)
+        if (key0 == first)
             start_rows<D>(&w, q);
         products<D>(&w, k + at * tile, s);
-        mask<D>(&w, key0, &a, bias, past, s);
+        mask<D>(&w, key0, &a, past ? past->bias : NULL, n_past, s);
         soften<D>(&w, s);
         weigh<D>(&w, v + at * tile, s);
         __syncthreads();

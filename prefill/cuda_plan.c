@@ -1,8 +1,11 @@
 /* cuda_plan.c - how much device memory a prefill takes, before anything is allocated.
  *
  * The one idea: prefill is layer-major, so the peak is hidden states, one layer's Q, K, V and O,
- * two layers of weights (all of them when they stay) and the workspace of a block of rows. */
+ * two layers of weights (all of them when they stay), the workspace of a block of rows, and what a
+ * policy chooses with: scores and lists, and at most all rows once more. */
 #include "cuda.h"
+
+#define TOKEN_BYTES 40u /* a sum over the heads and ranks of eight layers */
 
 static uint64_t larger(uint64_t a, uint64_t b)
 {
@@ -24,15 +27,7 @@ int cuda_weights_size(const struct model *m, enum kv_dtype elem, struct cuda_wei
             return rc;
         s.raw = larger(s.raw, layout.raw);
         s.all_stored += layout.raw;
-        s.layer = 0;
-        for (uint32_t i = 0; i < CUDA_PARTS; i++) {
-            const struct cuda_part *x = &layout.part[i];
-            uint64_t bytes = x->which == MODEL_ATTN_NORM || x->which == MODEL_FFN_NORM
-                                 ? sizeof(float)
-                                 : kv_dtype_bytes(elem);
-
-            s.layer = larger(s.layer, x->to + (uint64_t)x->rows * x->cols * bytes);
-        }
+        s.layer = layout.bytes; /* of every layer */
     }
     model_weight_shape(m, MODEL_HEAD, &rows, &cols);
     s.head = (uint64_t)rows * cols * kv_dtype_bytes(elem);
@@ -58,9 +53,10 @@ struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_
     plan.kv = n * 2 * (q + kv) * bytes; /* Q and O, K and V */
     plan.weights = w->raw + (resident ? g->n_layers * w->layer + w->head : 2 * w->layer);
     plan.workspace = rows * (p->n_hidden * bytes + wide * sizeof(float) + p->n_ff * bytes) +
-                     rows * p->rope_dims * sizeof(float) + n * sizeof(uint32_t) +
-                     CUDA_WINDOW_BYTES;
-    plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace;
+                     rows * p->rope_dims * sizeof(float) + n * sizeof(uint32_t) + CUDA_WINDOW_BYTES;
+    plan.chosen =
+        n * (2 * kv * bytes + TOKEN_BYTES + g->n_kv_heads * (sizeof(double) + sizeof(uint32_t)));
+    plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace + plan.chosen;
     return plan;
 }
 
@@ -73,9 +69,9 @@ int cuda_plan_check(const struct cuda_plan *plan, uint64_t n, const struct cuda_
         return 0;
     return larder_fail(e, LARDER_ENOMEM,
                        "%llu tokens need %llu MiB of device memory (hidden states %llu, rows of a "
-                       "layer %llu, weights %llu, workspace %llu) and %.60s had %llu MiB free; "
-                       "shorten the document",
-                       (unsigned long long)n, plan->total / mib, plan->hidden / mib,
-                       plan->kv / mib, plan->weights / mib, plan->workspace / mib, info->name,
+                       "layer %llu, weights %llu, workspace %llu, kept rows %llu) and %.60s had "
+                       "%llu MiB free; shorten the document",
+                       (unsigned long long)n, plan->total / mib, plan->hidden / mib, plan->kv / mib,
+                       plan->weights / mib, plan->workspace / mib, plan->chosen / mib, info->name,
                        info->free / mib);
 }

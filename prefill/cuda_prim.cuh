@@ -23,12 +23,10 @@
             rc_ = cudaFuncSetAttribute((const void *)kernel,                                       \
                                        cudaFuncAttributeMaxDynamicSharedMemorySize,                \
                                        (int)(l)->shared);                                          \
-        if (rc_ == cudaSuccess) {                                                                  \
+        if (rc_ == cudaSuccess)                                                                    \
             kernel<<<dim3((l)->grid[0], (l)->grid[1], (l)->grid[2]), (l)->block, (l)->shared,      \
                      (cudaStream_t)(stream)>>>(*(const type *)(l)->args);                          \
-            rc_ = cudaGetLastError();                                                              \
-        }                                                                                          \
-        return (int)rc_;                                                                           \
+        return (int)cudaGetLastError(); /* of the launch, or of what came before it */             \
     } while (0)
 
 PRIM uint32_t prim_bits(float x)
@@ -42,6 +40,11 @@ PRIM float prim_float(uint32_t u)
 }
 
 PRIM float prim_shfl_xor(float x, int mask)
+{
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+PRIM double prim_shfl_xor(double x, int mask)
 {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }

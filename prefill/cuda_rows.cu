@@ -42,36 +42,69 @@ __global__ void angles_kernel(struct cuda_angles_args a)
         uint64_t row = i / a.half, j = i % a.half;
         double angle = a.pos[row] * a.freq[j];
 
-        a.table[row * 2 * a.half + j] = (float)cos(angle);
-        a.table[(row * 2 + 1) * a.half + j] = (float)sin(angle);
+        a.table[row * 2 * a.half + j] = (float)(cos(angle) * a.factor);
+        a.table[(row * 2 + 1) * a.half + j] = (float)(sin(angle) * a.factor);
     }
 }
 
-/* Element c of a head whose row of x is given: rotate-half over the first `dims`. */
-PRIM float rotated(const struct cuda_rope_args *a, const float *x, const float *cs, uint32_t c)
-{
-    uint32_t half = a->dims / 2, j = c < half ? c : c - half;
+/* A head of a row on its way: x + bias, times scale and norm. */
+struct raw_head {
+    const float *x, *bias, *norm; /* [d]; bias and norm may be NULL */
+    float scale;
+};
 
-    if (c >= a->dims)
-        return x[c];
-    return c < half ? x[c] * cs[j] - x[c + half] * cs[half + j]
-                    : x[c] * cs[j] + x[c - half] * cs[half + j];
+PRIM float head_element(const struct raw_head *h, uint32_t c)
+{
+    float x = h->bias ? h->x[c] + h->bias[c] : h->x[c];
+
+    return h->norm ? x * h->scale * h->norm[c] : x;
+}
+
+/* The scale that makes the root mean square 1; all lanes of a warp together. */
+PRIM float head_scale(const struct raw_head *h, uint32_t d, double eps)
+{
+    double sum = 0;
+
+    for (uint32_t c = threadIdx.x % 32; c < d; c += 32) {
+        float x = h->bias ? h->x[c] + h->bias[c] : h->x[c];
+
+        sum += (double)x * x;
+    }
+    for (int m = 16; m; m /= 2)
+        sum += prim_shfl_xor(sum, m);
+    return (float)(1 / sqrt(sum / d + eps));
+}
+
+/* Element c, rotate-half over the first `dims`. */
+PRIM float rotated(const struct raw_head *h, uint32_t dims, const float *cs, uint32_t c)
+{
+    uint32_t half = dims / 2, j = c < half ? c : c - half;
+    float x = head_element(h, c);
+
+    if (c >= dims)
+        return x;
+    return c < half ? x * cs[j] - head_element(h, c + half) * cs[half + j]
+                    : x * cs[j] + head_element(h, c - half) * cs[half + j];
 }
 
 template <typename T> __global__ void rope_kernel(struct cuda_rope_args a)
 {
-    uint32_t all = (a.n_heads + 2 * a.n_kv) * a.d;
-    const float *x = a.x + (uint64_t)blockIdx.x * all;
+    uint32_t heads = a.n_heads + 2 * a.n_kv;
+    const float *row = a.x + (uint64_t)blockIdx.x * heads * a.d;
     const float *cs = a.table + (uint64_t)blockIdx.x * a.dims;
 
-    for (uint32_t i = threadIdx.x; i < all; i += CUDA_ROW_BLOCK) {
-        uint32_t h = i / a.d, c = i % a.d;
+    for (uint32_t h = threadIdx.x / 32; h < heads; h += CUDA_ROW_BLOCK / 32) {
         bool is_q = h < a.n_heads, is_k = !is_q && h < a.n_heads + a.n_kv;
-        T *to = (T *)(is_q ? a.q : is_k ? a.k : a.v);
+        struct raw_head x = {row + h * a.d, a.bias ? a.bias + h * a.d : NULL,
+                             is_q ? a.q_norm : is_k ? a.k_norm : NULL, 1};
         uint64_t head = is_q ? h : is_k ? h - a.n_heads : h - a.n_heads - a.n_kv;
-        float y = is_q || is_k ? rotated(&a, x + (uint64_t)h * a.d, cs, c) : x[i];
+        T *to = (T *)(is_q ? a.q : is_k ? a.k : a.v) +
+                (head * a.stride + a.row0 + blockIdx.x) * a.d;
 
-        prim_store(to + (head * a.stride + a.row0 + blockIdx.x) * a.d + c, y);
+        if (x.norm)
+            x.scale = head_scale(&x, a.d, a.eps);
+        for (uint32_t c = threadIdx.x % 32; c < a.d; c += 32)
+            prim_store(to + c, rotated(&x, is_q || is_k ? a.dims : 0, cs, c));
     }
 }
 

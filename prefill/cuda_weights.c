@@ -33,58 +33,85 @@ static uint32_t mark_free(uint32_t slot)
 
 /* ---- what is where */
 
-static bool is_norm(enum model_weight w)
+/* A layer's norms and biases are f32 in any case. */
+static bool is_vector(enum model_weight w)
 {
-    return w == MODEL_ATTN_NORM || w == MODEL_FFN_NORM;
+    return w == MODEL_ATTN_NORM || w == MODEL_FFN_NORM ||
+           (w >= MODEL_Q_BIAS && w < MODEL_LAYER_WEIGHTS);
 }
 
-/* In the order of a layer's memory: Q, K and V are one matrix, gate and up another. */
-static const enum model_weight order[CUDA_PARTS] = {MODEL_ATTN_NORM, MODEL_FFN_NORM, MODEL_Q,
-                                                    MODEL_K,         MODEL_V,        MODEL_O,
-                                                    MODEL_GATE,      MODEL_UP,       MODEL_DOWN};
+/* In the order of a layer's memory: Q, K and V are one matrix, their biases one vector, gate and up
+ * another matrix. */
+static const enum model_weight order[CUDA_PARTS] = {
+    MODEL_ATTN_NORM, MODEL_FFN_NORM, MODEL_Q_NORM, MODEL_K_NORM, MODEL_Q_BIAS,
+    MODEL_K_BIAS,    MODEL_V_BIAS,   MODEL_Q,      MODEL_K,      MODEL_V,
+    MODEL_O,         MODEL_GATE,     MODEL_UP,     MODEL_DOWN};
 
-static bool starts_matrix(enum model_weight w)
+static bool has_part(const struct model_params *p, enum model_weight w)
 {
-    return w != MODEL_K && w != MODEL_V && w != MODEL_UP;
+    if (w == MODEL_Q_NORM || w == MODEL_K_NORM)
+        return p->has_qk_norm;
+    return w == MODEL_Q_BIAS || w == MODEL_K_BIAS || w == MODEL_V_BIAS ? p->has_qkv_bias : true;
+}
+
+/* Not behind the part before it. */
+static bool starts(enum model_weight w)
+{
+    return w != MODEL_K && w != MODEL_V && w != MODEL_UP && w != MODEL_K_BIAS && w != MODEL_V_BIAS;
+}
+
+static int add_part(const struct model *m, uint32_t layer, enum kv_dtype elem, enum model_weight w,
+                    struct cuda_layout *y, struct larder_err *e)
+{
+    struct cuda_part *p = &y->part[y->n_parts++];
+
+    p->which = w;
+    model_weight_shape(m, w, &p->rows, &p->cols);
+    p->format = is_vector(w) ? tensor_format(TENSOR_F32) : model_weight_format(m, layer, w);
+    if (!p->format || p->cols % p->format->block_len)
+        return larder_fail(e, LARDER_EUNSUPPORTED,
+                           "backend cuda cannot read weight %d of layer %u: its rows of %u are "
+                           "no whole blocks",
+                           (int)w, layer, p->cols);
+    p->row_bytes = (uint64_t)p->cols / p->format->block_len * p->format->block_bytes;
+    p->at = y->raw;
+    y->raw += aligned(p->rows * p->row_bytes);
+    p->to = starts(w) ? aligned(y->bytes) : y->bytes;
+    y->bytes = p->to + (uint64_t)p->rows * p->cols * kv_dtype_bytes(is_vector(w) ? KV_F32 : elem);
+    return 0;
 }
 
 int cuda_layer_layout(const struct model *m, uint32_t layer, enum kv_dtype elem,
                       struct cuda_layout *ret, struct larder_err *e)
 {
-    uint64_t to = 0;
+    int rc = 0;
 
     *ret = (struct cuda_layout){0};
-    for (uint32_t i = 0; i < CUDA_PARTS; i++) {
-        struct cuda_part *p = &ret->part[i];
-        bool norm = is_norm(order[i]);
+    for (uint32_t i = 0; i < CUDA_PARTS && !rc; i++)
+        if (has_part(model_params(m), order[i]))
+            rc = add_part(m, layer, elem, order[i], ret, e);
+    return rc;
+}
 
-        p->which = order[i];
-        model_weight_shape(m, p->which, &p->rows, &p->cols);
-        p->format = norm ? tensor_format(TENSOR_F32) : model_weight_format(m, layer, p->which);
-        if (!p->format || p->cols % p->format->block_len)
-            return larder_fail(e, LARDER_EUNSUPPORTED,
-                               "backend cuda cannot read weight %d of layer %u: its rows of %u are "
-                               "no whole blocks",
-                               (int)p->which, layer, p->cols);
-        p->row_bytes = (uint64_t)p->cols / p->format->block_len * p->format->block_bytes;
-        p->at = ret->raw;
-        ret->raw += aligned(p->rows * p->row_bytes);
-        if (starts_matrix(p->which))
-            to = aligned(to);
-        p->to = to;
-        to += (uint64_t)p->rows * p->cols * (norm ? sizeof(float) : kv_dtype_bytes(elem));
-    }
-    return 0;
+static void *part_of(const struct layer *l, const struct cuda_layout *y, enum model_weight w)
+{
+    for (uint32_t i = 0; i < y->n_parts; i++)
+        if (y->part[i].which == w)
+            return l->memory + y->part[i].to;
+    return NULL;
 }
 
 static void point_into(struct layer *l, const struct cuda_layout *y)
 {
-    l->attn_norm = (float *)(void *)(l->memory + y->part[0].to);
-    l->ffn_norm = (float *)(void *)(l->memory + y->part[1].to);
-    l->qkv = l->memory + y->part[2].to;
-    l->o = l->memory + y->part[5].to;
-    l->gate_up = l->memory + y->part[6].to;
-    l->down = l->memory + y->part[8].to;
+    l->attn_norm = part_of(l, y, MODEL_ATTN_NORM);
+    l->ffn_norm = part_of(l, y, MODEL_FFN_NORM);
+    l->bias = part_of(l, y, MODEL_Q_BIAS);
+    l->q_norm = part_of(l, y, MODEL_Q_NORM);
+    l->k_norm = part_of(l, y, MODEL_K_NORM);
+    l->qkv = part_of(l, y, MODEL_Q);
+    l->o = part_of(l, y, MODEL_O);
+    l->gate_up = part_of(l, y, MODEL_GATE);
+    l->down = part_of(l, y, MODEL_DOWN);
 }
 
 /* ---- reading */
@@ -119,7 +146,7 @@ static void read_item(void *arg, uint32_t item, uint32_t worker)
     row = (item - x->first[i]) * SLICE;
     n = p->rows - row < SLICE ? p->rows - row : SLICE;
     to = s->memory + p->at + row * p->row_bytes;
-    if (is_norm(p->which))
+    if (is_vector(p->which))
         rc = model_read_f32(x->r->b->model, s->layer, p->which, row, n, (float *)(void *)to, &e);
     else
         rc = model_read_stored(x->r->b->model, s->layer, p->which, row, n, to, &e);
@@ -130,10 +157,11 @@ static void read_item(void *arg, uint32_t item, uint32_t worker)
 static void *read_stage(void *arg)
 {
     struct reading x = {arg, {0}};
+    const struct cuda_layout *y = &x.r->stage->layout;
 
-    for (uint32_t i = 0; i < CUDA_PARTS; i++)
-        x.first[i + 1] = x.first[i] + (x.r->stage->layout.part[i].rows + SLICE - 1) / SLICE;
-    pool_for(x.r->pool, x.first[CUDA_PARTS], read_item, &x);
+    for (uint32_t i = 0; i < y->n_parts; i++)
+        x.first[i + 1] = x.first[i] + (y->part[i].rows + SLICE - 1) / SLICE;
+    pool_for(x.r->pool, x.first[y->n_parts], read_item, &x);
     atomic_store(&x.r->done, true);
     return NULL;
 }
@@ -201,7 +229,7 @@ static int dequantise(struct cuda_backend *b, const struct cuda_part *p, const u
                                   .type = p->format->type,
                                   .block_len = p->format->block_len,
                                   .block_bytes = p->format->block_bytes};
-    bool bf16 = b->bf16 && !is_norm(p->which);
+    bool bf16 = b->bf16 && !is_vector(p->which);
     struct cuda_launch l = cuda_grid_flat(CUDA_DEQUANT, bf16, a.n, &a);
 
     l.lane = lane;
@@ -221,7 +249,7 @@ static int send_stage(struct cuda_backend *b, struct cuda_stage *s, struct layer
             "a copy of weights", e);
     l->index = s->layer;
     point_into(l, &s->layout);
-    for (uint32_t i = 0; i < CUDA_PARTS && !rc; i++)
+    for (uint32_t i = 0; i < s->layout.n_parts && !rc; i++)
         rc = dequantise(b, &s->layout.part[i], (uint8_t *)raw + s->layout.part[i].at,
                         l->memory + s->layout.part[i].to, CUDA_COPY, e);
     return rc;

@@ -8,7 +8,16 @@
 #define ROWS CUDA_WINDOW_ROWS
 #define KEYS CUDA_WINDOW_KEYS
 
-/* Block: 16 window rows x 64 keys of a head; a thread has one row and four keys. */
+/* The first key that window row i sees. */
+PRIM uint32_t window_from(const struct cuda_window_args *a, uint32_t i)
+{
+    uint32_t row = a->n - a->w + i;
+
+    return a->sliding && row >= a->sliding ? row - a->sliding + 1 : 0;
+}
+
+/* Block: 16 window rows x 64 keys of a head; a thread has one row and four keys. Blocks of keys
+ * that none of the rows sees are left as they are. */
 template <typename T> __global__ void logits_kernel(struct cuda_window_args a)
 {
     PRIM_SHARED(shared);
@@ -20,6 +29,8 @@ template <typename T> __global__ void logits_kernel(struct cuda_window_args a)
     uint32_t row = threadIdx.x / 16, lane = threadIdx.x % 16;
     float *out = a.logit + ((uint64_t)b * a.w + row0 + row) * a.n;
 
+    if (key0 + KEYS <= window_from(&a, row0))
+        return;
     for (uint32_t i = threadIdx.x; i < ROWS * d; i += CUDA_ROW_BLOCK)
         q[i / d * ld + i % d] = row0 + i / d < a.w ? prim_load(qh[i]) : 0;
     for (uint32_t i = threadIdx.x; i < KEYS * d; i += CUDA_ROW_BLOCK)
@@ -35,16 +46,17 @@ template <typename T> __global__ void logits_kernel(struct cuda_window_args a)
     }
 }
 
-/* Block: one window row of a head; it sees n - w + row + 1 keys. */
+/* Block: one window row of a head; it sees keys up to its own, number n - w + row. */
 __global__ void stats_kernel(struct cuda_window_args a)
 {
     __shared__ double part[CUDA_ROW_BLOCK];
     uint64_t at = (uint64_t)blockIdx.y * a.w + blockIdx.x;
     const float *x = a.logit + at * a.n;
-    uint32_t seen = a.n - a.w + blockIdx.x + 1, t = threadIdx.x;
+    uint32_t seen = a.n - a.w + blockIdx.x + 1, from = window_from(&a, blockIdx.x);
+    uint32_t t = threadIdx.x;
     double max = -INFINITY, sum = 0;
 
-    for (uint32_t j = t; j < seen; j += CUDA_ROW_BLOCK)
+    for (uint32_t j = from + t; j < seen; j += CUDA_ROW_BLOCK)
         max = x[j] > max ? x[j] : max;
     part[t] = max;
     for (uint32_t half = CUDA_ROW_BLOCK / 2; half; half /= 2) {
@@ -55,7 +67,7 @@ __global__ void stats_kernel(struct cuda_window_args a)
     __syncthreads();
     max = part[0];
     __syncthreads();
-    for (uint32_t j = t; j < seen; j += CUDA_ROW_BLOCK)
+    for (uint32_t j = from + t; j < seen; j += CUDA_ROW_BLOCK)
         sum += (double)expf(x[j] - (float)max);
     part[t] = sum;
     for (uint32_t half = CUDA_ROW_BLOCK / 2; half; half /= 2) {
@@ -81,7 +93,7 @@ __global__ void mass_kernel(struct cuda_window_args a)
 
     if (j >= m)
         return;
-    for (uint32_t i = 0; i < a.w; i++)
+    for (uint32_t i = 0; i < a.w && window_from(&a, i) <= j; i++)
         sum += (double)expf(x[(uint64_t)i * a.n + j] - stat[2 * i]) * stat[2 * i + 1];
     a.mass[(uint64_t)(a.head0 + blockIdx.y) * m + j] = (float)sum;
 }

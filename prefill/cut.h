@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backend.h"
 #include "policy.h"
 
 struct variance_point {
@@ -22,21 +23,23 @@ struct variance_point {
 };
 
 struct cut {
+    struct backend *b;           /* whose memory tokens and ranks are in */
     const struct policy *policy; /* resolved; borrowed */
     uint32_t n_kv_heads;
     uint32_t lo, m;
     uint32_t n_pass; /* of the m tokens */
-    double *token;   /* [m] score over all heads */
-    uint32_t *order; /* [m] best first, after a look that decided */
-    uint32_t **rank; /* ring of l_obs rank vectors, adaptive only */
+    double *token;   /* [m] score over all heads, of the last look */
+    uint32_t *order; /* [m] best first, likewise; not with a backend that chooses */
+    uint32_t *rank;  /* ring of l_obs rank vectors, [l_obs][m], adaptive only */
+    const uint32_t **ring;
     double first_variance;
     struct variance_point *trace; /* of the tested layers */
     uint32_t n_trace;
 };
 
 /* n rows of which `n_select` pass in all; *c is zero before. */
-int cut_init(struct cut *c, const struct policy *p, uint32_t n_kv_heads, uint32_t n_layers,
-             uint32_t n, uint32_t n_select, struct larder_err *e);
+int cut_init(struct cut *c, struct backend *b, const struct policy *p, uint32_t n,
+             uint32_t n_select, struct larder_err *e);
 void cut_done(struct cut *c);
 
 /* Are this layer's scores asked for? Adaptive: the first comparison, at l_min, looks back over
@@ -47,8 +50,9 @@ bool cut_is_candidate(const struct cut *c, uint32_t layer);
 int cut_look(struct cut *c, uint32_t layer, const double *score, uint32_t n, bool *ret_cut,
              struct larder_err *e);
 
-/* The rows of n that pass, ascending: lo + n_pass + those after the m. */
-uint32_t cut_rows(const struct cut *c, uint32_t n, uint32_t *rows);
+/* The rows of n that pass, ascending: lo + n_pass + those after the m. *ret_n: how many. */
+int cut_rows(const struct cut *c, uint32_t n, uint32_t *rows, uint32_t *ret_n,
+             struct larder_err *e);
 
 /* CUT_DECAY, after a layer: how many of n_context rows stay. */
 uint32_t cut_decay_rows(const struct policy *p, uint32_t layer, uint32_t n_layers,

@@ -1,8 +1,9 @@
 /* decode.c - new tokens on top of a stored cache.
  *
  * The one idea: the cache is never touched. New rows have their own K and V, one
- * buffer per layer with room for all tokens this session may add, and the backend
- * attends to both. Positions go on from next_pos whatever was pruned. */
+ * buffer per layer with room for all tokens this session may add; the backend projects
+ * into it and attends to both. Positions go on from next_pos whatever was pruned. What lives as
+ * long as the session is the backend's, which may have it elsewhere. */
 #include "decode.h"
 
 #include <assert.h>
@@ -21,18 +22,16 @@ struct decode {
     struct backend *b;
     const struct weights *w;
     const struct past_rows *past;
+    bool holds; /* the backend has been told of `past` */
     uint32_t next_pos;
     uint32_t n_tail, max_new;
     uint64_t layer_bytes; /* of k, and of v, of one layer's tail */
     uint8_t *k, *v;       /* [n_layers][n_kv_heads][max_new][head_dim] */
-};
-
-/* Buffers of one step of n rows. */
-struct step {
-    uint32_t n;
-    uint32_t *pos;
-    float *hidden;
-    void *q, *k, *v, *o;
+    void *q;              /* [n_heads][max_new][head_dim]; of a step, like what follows */
+    void *o;              /* [max_new][n_heads * head_dim] */
+    uint32_t *pos;        /* [max_new] */
+    float *hidden;        /* [n_hidden_rows][n_hidden]: of the last step's size */
+    uint32_t n_hidden_rows;
 };
 
 int weights_load(struct weights **ret, struct backend *b, struct larder_err *e)
@@ -84,11 +83,26 @@ static int check_positions(const struct backend *b, const struct past_rows *past
     return 0;
 }
 
+static int alloc_session(struct decode *d, struct larder_err *e)
+{
+    const struct kv_geom *g = &d->b->p->geom;
+    uint64_t row = (uint64_t)g->head_dim * kv_dtype_bytes(d->b->elem);
+
+    d->layer_bytes = g->n_kv_heads * d->max_new * row;
+    d->k = backend_buffer_new(d->b, g->n_layers, d->layer_bytes);
+    d->v = backend_buffer_new(d->b, g->n_layers, d->layer_bytes);
+    d->q = backend_buffer_new(d->b, d->max_new, g->n_heads * row);
+    d->o = backend_buffer_new(d->b, d->max_new, g->n_heads * row);
+    d->pos = mem_alloc(d->max_new, sizeof *d->pos);
+    if (d->k && d->v && d->q && d->o && d->pos)
+        return 0;
+    return larder_fail(e, LARDER_ENOMEM, "no memory to decode %u tokens", d->max_new);
+}
+
 int decode_open(struct decode **ret, struct backend *b, const struct weights *w,
                 const struct past_rows *past, uint32_t next_pos, uint32_t max_new,
                 struct larder_err *e)
 {
-    const struct kv_geom *g = &b->p->geom;
     struct decode *d;
     int rc = check_positions(b, past, e);
 
@@ -103,12 +117,14 @@ int decode_open(struct decode **ret, struct backend *b, const struct weights *w,
     if (!d)
         return larder_fail(e, LARDER_ENOMEM, "no memory to decode");
     *d = (struct decode){.b = b, .w = w, .past = past, .next_pos = next_pos, .max_new = max_new};
-    d->layer_bytes = (uint64_t)g->n_kv_heads * max_new * g->head_dim * kv_dtype_bytes(b->elem);
-    d->k = mem_aligned(g->n_layers, d->layer_bytes);
-    d->v = mem_aligned(g->n_layers, d->layer_bytes);
-    if (!d->k || !d->v) {
+    rc = alloc_session(d, e);
+    if (!rc && b->ops->hold) {
+        rc = b->ops->hold(b, past, e);
+        d->holds = !rc;
+    }
+    if (rc) {
         decode_close(d);
-        return larder_fail(e, LARDER_ENOMEM, "no memory to decode %u tokens", max_new);
+        return rc;
     }
     *ret = d;
     return 0;
@@ -118,88 +134,70 @@ void decode_close(struct decode *d)
 {
     if (!d)
         return;
-    mem_free(d->k);
-    mem_free(d->v);
+    if (d->holds)
+        d->b->ops->hold_end(d->b, d->past);
+    backend_buffer_free(d->b, d->k);
+    backend_buffer_free(d->b, d->v);
+    backend_buffer_free(d->b, d->q);
+    backend_buffer_free(d->b, d->o);
+    backend_buffer_free(d->b, d->hidden);
+    mem_free(d->pos);
     mem_free(d);
 }
 
-static void step_done(struct step *s)
-{
-    mem_free(s->pos);
-    mem_free(s->hidden);
-    mem_free(s->q);
-    mem_free(s->k);
-    mem_free(s->v);
-    mem_free(s->o);
-}
-
-static int step_init(const struct decode *d, const uint32_t *ids, uint32_t n, struct step *s,
-                     struct larder_err *e)
+/* Positions and embeddings of the new tokens. */
+static int embed(struct decode *d, const uint32_t *ids, uint32_t n, struct larder_err *e)
 {
     const struct model_params *p = d->b->p;
-    uint64_t row = (uint64_t)p->geom.head_dim * kv_dtype_bytes(d->b->elem);
-    int rc = 0;
+    int rc;
 
-    s->n = n;
-    s->pos = mem_alloc(n, sizeof *s->pos);
-    s->hidden = mem_aligned((uint64_t)n * p->n_hidden, sizeof *s->hidden);
-    s->q = mem_aligned(n, p->geom.n_heads * row);
-    s->k = mem_aligned(n, p->geom.n_kv_heads * row);
-    s->v = mem_aligned(n, p->geom.n_kv_heads * row);
-    s->o = mem_aligned(n, p->geom.n_heads * row);
-    if (!s->pos || !s->hidden || !s->q || !s->k || !s->v || !s->o)
+    if (d->n_hidden_rows != n) {
+        backend_buffer_free(d->b, d->hidden);
+        d->hidden = backend_buffer_new(d->b, (uint64_t)n * p->n_hidden, sizeof *d->hidden);
+        d->n_hidden_rows = d->hidden ? n : 0;
+    }
+    if (!d->hidden)
         return larder_fail(e, LARDER_ENOMEM, "no memory to decode %u tokens", n);
+    rc = backend_view(d->b, d->hidden, VIEW_WRITE, e);
     for (uint32_t i = 0; i < n && !rc; i++) {
-        s->pos[i] = d->next_pos + d->n_tail + i;
+        d->pos[i] = d->next_pos + d->n_tail + i;
         rc = model_read_f32(d->b->model, 0, MODEL_EMBED, ids[i], 1,
-                            s->hidden + (uint64_t)i * p->n_hidden, e);
+                            d->hidden + (uint64_t)i * p->n_hidden, e);
     }
     return rc;
 }
 
-/* Put the new rows of x [n_kv_heads][n] behind those in the tail [n_kv_heads][max_new]. */
-static void append(const struct decode *d, uint8_t *tail, const uint8_t *x, uint32_t n)
-{
-    const struct kv_geom *g = &d->b->p->geom;
-    uint64_t row = (uint64_t)g->head_dim * kv_dtype_bytes(d->b->elem);
-
-    for (uint64_t h = 0; h < g->n_kv_heads; h++)
-        memcpy(tail + (h * d->max_new + d->n_tail) * row, x + h * n * row, n * row);
-}
-
-static int step_layer(struct decode *d, uint32_t layer, struct step *s, struct larder_err *e)
+static int step_layer(struct decode *d, uint32_t layer, uint32_t n, struct larder_err *e)
 {
     struct backend *b = d->b;
+    uint64_t tail = (uint64_t)d->n_tail * b->p->geom.head_dim * kv_dtype_bytes(b->elem);
     uint8_t *k = d->k + layer * d->layer_bytes, *v = d->v + layer * d->layer_bytes;
     struct resume r = {
-        .q = s->q,
+        .q = d->q,
         .k = k,
         .v = v,
-        .n_new = s->n,
-        .n_tail = d->n_tail + s->n,
-        .q_stride = s->n,
+        .n_new = n,
+        .n_tail = d->n_tail + n,
+        .q_stride = d->max_new,
         .stride = d->max_new,
         .past = d->past + (uint64_t)layer * b->p->geom.n_kv_heads,
-        .o = s->o,
+        .o = d->o,
         .sliding = model_sliding(b->p, layer),
         .pos0 = d->next_pos,
     };
-    struct project p = {.hidden = s->hidden,
-                        .pos = s->pos,
+    struct project p = {.hidden = d->hidden,
+                        .pos = d->pos,
                         .rope = model_rope(b->p, d->next_pos),
-                        .n = s->n,
-                        .stride = s->n,
-                        .q = s->q,
-                        .k = s->k,
-                        .v = s->v};
+                        .n = n,
+                        .stride = d->max_new,
+                        .q = d->q,
+                        .k = k + tail, /* behind the rows that are there */
+                        .v = v + tail};
     int rc = b->ops->qkv(b, d->w->layer[layer], &p, e);
 
-    if (rc)
-        return rc;
-    append(d, k, s->k, s->n);
-    append(d, v, s->v, s->n);
-    rc = b->ops->resume(b, &r, e);
-    return rc ? rc : b->ops->finish(b, d->w->layer[layer], s->hidden, s->o, s->n, e);
+    if (!rc)
+        rc = b->ops->resume(b, &r, e);
+    return rc ? rc : b->ops->finish(b, d->w->layer[layer], d->hidden, d->o, n, e);
 }
 
 static int check_step(const struct decode *d, const uint32_t *ids, uint32_t n, struct larder_err *e)
@@ -221,17 +219,16 @@ int decode_step_rows(struct decode *d, const uint32_t *ids, uint32_t n, uint32_t
                      float *logits, struct larder_err *e)
 {
     const struct model_params *p = d->b->p;
-    struct step s = {0};
     int rc = check_step(d, ids, n, e);
 
     if (!rc && (!n_last || n_last > n))
         rc = larder_fail(e, LARDER_EINVAL, "logits of %u of %u new tokens", n_last, n);
     if (!rc)
-        rc = step_init(d, ids, n, &s, e);
+        rc = embed(d, ids, n, e);
     for (uint32_t l = 0; l < p->geom.n_layers && !rc; l++)
-        rc = step_layer(d, l, &s, e);
+        rc = step_layer(d, l, n, e);
     if (!rc)
-        rc = d->b->ops->logits(d->b, d->w->head, s.hidden + (uint64_t)(n - n_last) * p->n_hidden,
+        rc = d->b->ops->logits(d->b, d->w->head, d->hidden + (uint64_t)(n - n_last) * p->n_hidden,
                                n_last, logits, e);
     for (uint64_t i = 0; i < (uint64_t)n_last * p->n_vocab && !rc; i++)
         if (!isfinite(logits[i]))
@@ -239,7 +236,6 @@ int decode_step_rows(struct decode *d, const uint32_t *ids, uint32_t n, uint32_t
                              (uint32_t)(i % p->n_vocab));
     if (!rc)
         d->n_tail += n;
-    step_done(&s);
     return rc;
 }
 

@@ -21,6 +21,7 @@
 #include "probe.h"
 #include "rung.h"
 #include "select.h"
+#include "select_ops.h"
 
 struct run {
     struct backend *b;
@@ -63,7 +64,7 @@ static void run_done(struct run *r)
     backend_buffer_free(r->b, r->k);
     backend_buffer_free(r->b, r->v);
     backend_buffer_free(r->b, r->o);
-    mem_free(r->score);
+    backend_buffer_free(r->b, r->score);
     mem_free(r->worth);
     cut_done(&r->cut);
     rungs_close(r->rung, r->n_rungs);
@@ -99,7 +100,7 @@ static bool alloc_rows(struct run *r)
     r->k = backend_buffer_new(r->b, g->n_kv_heads, per_head);
     r->v = backend_buffer_new(r->b, g->n_kv_heads, per_head);
     r->o = backend_buffer_new(r->b, g->n_heads, per_head);
-    r->score = mem_alloc(scores, sizeof *r->score);
+    r->score = backend_buffer_new(r->b, scores, sizeof *r->score);
     r->worth = mem_alloc(any_weighs(r) ? scores : 0, sizeof *r->worth);
     return r->hidden && r->pos && r->original && r->q && r->k && r->v && r->o && r->score &&
            r->worth;
@@ -180,7 +181,6 @@ int engine_check_windows(const struct model_params *m, const struct policy *p, u
 static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original, uint32_t n,
                     struct larder_err *e)
 {
-    const struct kv_geom *g = &r->p->geom;
     uint32_t *probe = NULL;
     int rc = read_probe(r, n, &probe, e);
 
@@ -192,7 +192,7 @@ static int run_init(struct run *r, const uint32_t *ids, const uint32_t *original
     if (!rc && !alloc_rows(r))
         rc = no_memory(e, n);
     if (!rc)
-        rc = cut_init(&r->cut, r->policy, g->n_kv_heads, g->n_layers, n, r->select, e);
+        rc = cut_init(&r->cut, r->b, r->policy, n, r->select, e);
     if (!rc)
         rc = rungs_open(&r->rung, &r->n_rungs, r->b, r->want, r->n_wants, n, e);
     if (!rc)
@@ -250,9 +250,9 @@ static struct layer_view view(const struct run *r, uint32_t layer)
     };
 }
 
-/* The rows of the layer at hand for one way of keeping; *by: whose scores there are. */
-static int keep_rows(struct run *r, struct rung *g, const struct layer_view *x,
-                     const struct policy **by, struct larder_err *e)
+/* Choose the rows of the layer at hand for one way of keeping; *by: whose scores there are. */
+static int choose_rows(struct run *r, struct rung *g, const struct layer_view *x,
+                       const struct policy **by, struct larder_err *e)
 {
     bool scored = keep_needs_scores(&g->keep, r->n), weighed = scored && g->policy->critical;
     struct layer_rows rows = {x->layer,
@@ -271,11 +271,17 @@ static int keep_rows(struct run *r, struct rung *g, const struct layer_view *x,
     }
     if (!rc && weighed)
         rc = observe_worth(x, r->worth, e);
-    if (!rc)
-        rc = backend_view(r->b, r->k, VIEW_READ, e);
-    if (!rc)
-        rc = backend_view(r->b, r->v, VIEW_READ, e);
-    return rc ? rc : rung_layer(g, &rows, NULL, e);
+    return rc ? rc : rung_choose(g, &rows, e);
+}
+
+/* What was chosen, which a backend may have sent while it went on with the layer. */
+static int deliver(struct run *r, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        rc = rung_deliver(&r->rung[i], NULL, e);
+    return rc;
 }
 
 /* Scores, rows and the decision of one layer whose q, k and v are there. */
@@ -292,40 +298,56 @@ static int observe(struct run *r, uint32_t layer, bool *ret_cut, struct larder_e
             rc = cut_look(&r->cut, layer, r->score, r->n, ret_cut, e);
     }
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
-        rc = keep_rows(r, &r->rung[i], &x, &by, e);
+        rc = choose_rows(r, &r->rung[i], &x, &by, e);
     return rc;
 }
 
 /* ---- fewer rows for the layers above */
 
-/* Go on with rows[n] of the document, ascending, and with the probe. */
-static int shrink(struct run *r, const uint32_t *rows, uint32_t n, struct larder_err *e)
+/* Hidden states rows[n], ascending, to the front. */
+static int move_hidden(struct run *r, const uint32_t *rows, uint32_t n, struct larder_err *e)
 {
     uint64_t row = r->p->n_hidden * sizeof *r->hidden;
-    int rc = backend_view(r->b, r->hidden, VIEW_WRITE, e);
+    struct gather g = {.from = r->hidden,
+                       .n_heads = 1,
+                       .row_bytes = (uint32_t)row,
+                       .count = &n,
+                       .index = rows,
+                       .to = r->hidden,
+                       .stride = r->n + r->n_probe};
 
-    if (rc)
-        return rc;
-    for (uint32_t i = 0; i < n + r->n_probe; i++) { /* from >= i: moving down in place */
-        uint32_t from = i < n ? rows[i] : r->n + i - n;
-
-        memmove((uint8_t *)r->hidden + i * row, (uint8_t *)r->hidden + from * row, row);
-        r->pos[i] = r->pos[from];
-        if (i < n)
-            r->original[i] = r->original[from];
-    }
-    r->n = n;
+    if (r->b->ops->select)
+        return r->b->ops->select->gather(r->b, &g, e);
+    for (uint32_t i = 0; i < n; i++) /* rows[i] >= i */
+        memmove((uint8_t *)r->hidden + i * row, (uint8_t *)r->hidden + rows[i] * row, row);
     return 0;
+}
+
+/* Go on with rows[n] of the document, ascending, and with the probe, for which rows[] has room. */
+static int shrink(struct run *r, uint32_t *rows, uint32_t n, struct larder_err *e)
+{
+    int rc;
+
+    for (uint32_t i = 0; i < r->n_probe; i++)
+        rows[n + i] = r->n + i;
+    rc = move_hidden(r, rows, n + r->n_probe, e);
+    for (uint32_t i = 0; i < n + r->n_probe && !rc; i++) {
+        r->pos[i] = r->pos[rows[i]];
+        if (i < n)
+            r->original[i] = r->original[rows[i]];
+    }
+    if (!rc)
+        r->n = n;
+    return rc;
 }
 
 static int cut_here(struct run *r, uint32_t layer, struct larder_err *e)
 {
-    uint32_t *rows = mem_alloc(r->n, sizeof *rows);
-    int rc;
+    uint32_t *rows = mem_alloc(r->n + r->n_probe, sizeof *rows), n;
+    int rc = rows ? cut_rows(&r->cut, r->n, rows, &n, e) : no_memory(e, r->n);
 
-    if (!rows)
-        return no_memory(e, r->n);
-    rc = shrink(r, rows, cut_rows(&r->cut, r->n, rows), e);
+    if (!rc)
+        rc = shrink(r, rows, n, e);
     mem_free(rows);
     r->sel_layer = (int32_t)layer;
     return rc;
@@ -338,7 +360,7 @@ static int decay_rows(struct run *r, double *score, uint32_t n_context, uint32_t
 {
     uint32_t n_sink = r->policy->sink < n_context ? r->policy->sink : n_context;
     uint32_t *order = mem_alloc(n_context, sizeof *order);
-    uint32_t *rows = mem_alloc(r->n, sizeof *rows);
+    uint32_t *rows = mem_alloc(r->n + r->n_probe, sizeof *rows);
     int rc = order && rows ? 0 : no_memory(e, r->n);
 
     for (uint32_t i = 0; i < n_sink; i++)
@@ -391,6 +413,8 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
         rc = observe(r, layer, &cut, e);
     if (!rc) /* nothing reads the other rows of the last layer */
         rc = advance(r, l, layer, last ? r->n - 1 : 0, e);
+    if (!rc)
+        rc = deliver(r, e);
     if (!rc && cut)
         rc = cut_here(r, layer, e);
     if (!rc && r->policy->cut == CUT_DECAY && !last)
@@ -469,7 +493,7 @@ static int pass_prefill(struct run *r, const uint32_t *ids, const uint32_t *orig
 static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32_t *ids, uint32_t n,
                      struct engine_result *res, struct larder_err *e)
 {
-    uint32_t *rows;
+    uint32_t *rows, n_rows = 0;
     int rc = run_init(r, ids, NULL, n, e);
 
     for (uint32_t l = 0; l < r->p->geom.n_layers && !rc && !r->chose; l++) {
@@ -482,9 +506,10 @@ static int pass_scan(struct run *r, const struct engine_sink *sink, const uint32
     rows = mem_alloc(r->select, sizeof *rows);
     if (!rows)
         return no_memory(e, n);
+    rc = cut_rows(&r->cut, n, rows, &n_rows, e);
     take_trace(r, res);
-    take_selected(rows, cut_rows(&r->cut, n, rows), res);
-    return 0;
+    take_selected(rows, n_rows, res);
+    return rc;
 }
 
 /* ---- the whole thing */

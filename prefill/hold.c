@@ -4,11 +4,12 @@
 #include <string.h>
 
 #include "mem.h"
+#include "select_ops.h"
 
-int hold_init(struct hold *h, const struct kv_geom *geom, enum kv_dtype elem, struct larder_err *e)
+int hold_init(struct hold *h, struct backend *b, struct larder_err *e)
 {
-    *h = (struct hold){.geom = geom, .elem = elem};
-    h->layers = mem_zalloc(geom->n_layers, sizeof *h->layers);
+    *h = (struct hold){.b = b, .geom = &b->p->geom, .elem = b->elem};
+    h->layers = mem_zalloc(h->geom->n_layers, sizeof *h->layers);
     return h->layers ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to hold layers");
 }
 
@@ -30,31 +31,46 @@ void hold_done(struct hold *h)
     *h = (struct hold){0};
 }
 
-/* [n_kv_heads][n] rows of `bytes` out of [n_kv_heads][stride]. */
-static void *compact(const void *rows, uint32_t n_kv, uint32_t n, uint32_t stride, uint64_t bytes)
+/* [n_kv_heads][n] rows out of [n_kv_heads][stride]. */
+static int copy_rows(const struct hold *h, const struct layer_rows *x, const void *from, void *to,
+                     struct larder_err *e)
 {
-    uint8_t *to = mem_aligned((uint64_t)n_kv * n, bytes);
+    uint32_t count[KV_MAX_HEADS], n_kv = h->geom->n_kv_heads;
+    uint64_t bytes = (uint64_t)kv_dtype_bytes(h->elem) * h->geom->head_dim;
+    struct gather g = {.from = from,
+                       .stride = x->stride,
+                       .n_heads = n_kv,
+                       .row_bytes = (uint32_t)bytes,
+                       .count = count,
+                       .to = to};
 
-    for (uint32_t g = 0; to && g < n_kv; g++)
-        memcpy(to + (uint64_t)g * n * bytes, (const uint8_t *)rows + (uint64_t)g * stride * bytes,
-               n * bytes);
-    return to;
+    for (uint32_t i = 0; i < n_kv; i++)
+        count[i] = x->n;
+    if (h->b->ops->select)
+        return h->b->ops->select->gather(h->b, &g, e);
+    for (uint64_t i = 0; i < n_kv; i++)
+        memcpy((uint8_t *)to + i * x->n * bytes, (const uint8_t *)from + i * x->stride * bytes,
+               x->n * bytes);
+    return 0;
 }
 
 int hold_add(struct hold *h, const struct layer_rows *x, struct larder_err *e)
 {
-    uint32_t n_kv = h->geom->n_kv_heads;
+    uint64_t n = (uint64_t)h->geom->n_kv_heads * x->n, scores = n * sizeof *x->score;
     uint64_t bytes = (uint64_t)kv_dtype_bytes(h->elem) * h->geom->head_dim;
-    uint64_t scores = (uint64_t)n_kv * x->n * sizeof *x->score;
     struct layer_rows *to = &h->layers[x->layer];
+    void *k = mem_aligned(n, bytes), *v = mem_aligned(n, bytes);
+    int rc = backend_view(h->b, x->score, VIEW_READ, e);
 
-    *to = (struct layer_rows){.layer = x->layer, .n = x->n, .stride = x->n};
+    *to = (struct layer_rows){.layer = x->layer, .n = x->n, .stride = x->n, .k = k, .v = v};
+    if (rc)
+        return rc;
     to->position = mem_dup(x->position, x->n * sizeof *x->position);
-    to->k = compact(x->k, n_kv, x->n, x->stride, bytes);
-    to->v = compact(x->v, n_kv, x->n, x->stride, bytes);
     to->score = mem_dup(x->score, scores);
     to->worth = x->worth ? mem_dup(x->worth, scores) : NULL;
-    if (to->position && to->k && to->v && to->score && (to->worth || !x->worth))
-        return 0;
-    return larder_fail(e, LARDER_ENOMEM, "no memory to hold layer %u of %u tokens", x->layer, x->n);
+    if (!k || !v || !to->position || !to->score || (!to->worth && x->worth))
+        return larder_fail(e, LARDER_ENOMEM, "no memory to hold layer %u of %u tokens", x->layer,
+                           x->n);
+    rc = copy_rows(h, x, x->k, k, e);
+    return rc ? rc : copy_rows(h, x, x->v, v, e);
 }

@@ -14,12 +14,13 @@
 #include "keep.h"
 
 struct hold {
+    struct backend *b;
     const struct kv_geom *geom;
     enum kv_dtype elem;
     struct layer_rows *layers; /* [n_layers], those that were added */
 };
 
-int hold_init(struct hold *h, const struct kv_geom *geom, enum kv_dtype elem, struct larder_err *e);
+int hold_init(struct hold *h, struct backend *b, struct larder_err *e);
 void hold_done(struct hold *h);
 
 /* x->score is there; layers come in any order, each once. */

@@ -2,12 +2,14 @@
  *
  * The one idea: counts first, rows second (shape.h). Where a shape needs nothing but
  * budgets, the counts of all layers are fixed before the first one passes; where the heads
- * of one layer compete, each layer fixes its own; where all compete, the last one does. */
+ * of one layer compete, each layer fixes its own; where all compete, the last one does. Rows that
+ * a backend gathers are asked for when they are chosen and looked at when they are collected. */
 #include "keep.h"
 
 #include <string.h>
 
 #include "mem.h"
+#include "select_ops.h"
 #include "shape.h"
 
 static int no_memory(struct larder_err *e, uint32_t n)
@@ -18,18 +20,6 @@ static int no_memory(struct larder_err *e, uint32_t n)
 static uint64_t row_bytes(const struct keep *k)
 {
     return (uint64_t)kv_dtype_bytes(k->elem) * k->geom->head_dim;
-}
-
-/* Rows that one layer's heads keep together, at most. */
-static uint64_t room(const struct keep *k)
-{
-    uint32_t n_kv = k->geom->n_kv_heads;
-
-    if (k->rows >= k->n)
-        return 0; /* rows are handed on where they are */
-    if (k->policy->shape == SHAPE_UNIFORM)
-        return (uint64_t)k->rows * n_kv;
-    return (uint64_t)k->n * n_kv;
 }
 
 /* Heads as they are before any layer has passed. */
@@ -76,29 +66,80 @@ static bool counts_early(const struct keep *k)
     return s == SHAPE_SHARES || s == SHAPE_HEADS || s == SHAPE_PYRAMID;
 }
 
-int keep_init(struct keep *k, const struct policy *p, const struct kv_geom *geom,
-              enum kv_dtype elem, uint32_t n, uint32_t rows, struct larder_err *e)
+/* Counts that are known before a layer passes; memory for those that the last one decides. */
+static int count_early(struct keep *k, struct larder_err *e)
 {
-    uint32_t n_kv = geom->n_kv_heads;
+    enum shape_kind s = k->policy->shape;
 
-    *k = (struct keep){.policy = p, .geom = geom, .elem = elem, .n = n, .rows = rows};
-    k->n_room = room(k);
+    if (!counts_early(k) && s != SHAPE_GLOBAL)
+        return 0;
+    k->count = mem_alloc((uint64_t)k->geom->n_layers * k->geom->n_kv_heads, sizeof *k->count);
+    if (!k->count)
+        return no_memory(e, k->n);
+    if (s == SHAPE_PYRAMID)
+        count_pyramid(k);
+    return s == SHAPE_SHARES || s == SHAPE_HEADS ? count_shares(k, e) : 0;
+}
+
+/* Rows that one layer's heads keep together, at most. */
+static uint64_t room(const struct keep *k)
+{
+    uint32_t n_kv = k->geom->n_kv_heads;
+    uint64_t most = 0;
+
+    if (k->policy->shape == SHAPE_UNIFORM)
+        return (uint64_t)k->rows * n_kv;
+    if (!counts_early(k))
+        return (uint64_t)k->n * n_kv;
+    for (uint32_t l = 0; l < k->geom->n_layers; l++) {
+        uint64_t n = 0;
+
+        for (uint32_t g = 0; g < n_kv; g++)
+            n += k->count[l * n_kv + g];
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+static void *new_rows(const struct keep *k, uint64_t size)
+{
+    return k->select ? backend_staging_new(k->b, k->n_out, size) : mem_aligned(k->n_out, size);
+}
+
+static void free_rows(const struct keep *k, void *rows)
+{
+    if (k->select)
+        backend_buffer_free(k->b, rows);
+    else
+        mem_free(rows);
+}
+
+int keep_init(struct keep *k, struct backend *b, const struct policy *p, uint32_t n, uint32_t rows,
+              struct larder_err *e)
+{
+    const struct kv_geom *geom = &b->p->geom;
+    uint32_t n_kv = geom->n_kv_heads;
+    int rc = 0;
+
+    *k = (struct keep){.b = b, .policy = p, .geom = geom, .elem = b->elem, .n = n, .rows = rows};
+    if (rows < n) { /* or else rows are handed on where they are */
+        rc = count_early(k, e);
+        k->n_room = k->n_out = rc ? 0 : room(k);
+    }
+    if (rc)
+        return rc;
+    k->select = keep_waits(k) ? NULL : b->ops->select; /* those are the host's by then */
+    if (k->select && !k->n_out)
+        k->n_out = (uint64_t)n * n_kv; /* all leave, but they leave */
     k->now = mem_alloc(n_kv, sizeof *k->now);
     k->heads = mem_zalloc(n_kv, sizeof *k->heads);
-    k->index = mem_alloc(k->n_room ? n : 0, sizeof *k->index);
-    k->position = mem_alloc(k->n_room, sizeof *k->position);
-    k->k = mem_aligned(k->n_room, row_bytes(k));
-    k->v = mem_aligned(k->n_room, row_bytes(k));
-    if (!k->now || !k->heads || !k->index || !k->position || !k->k || !k->v)
-        return no_memory(e, n);
-    if (!k->n_room || (!counts_early(k) && p->shape != SHAPE_GLOBAL))
+    k->index = new_rows(k, sizeof *k->index);
+    k->position = mem_alloc(k->n_out, sizeof *k->position);
+    k->k = new_rows(k, row_bytes(k));
+    k->v = new_rows(k, row_bytes(k));
+    if (k->now && k->heads && k->index && k->position && k->k && k->v)
         return 0;
-    k->count = mem_alloc((uint64_t)geom->n_layers * n_kv, sizeof *k->count);
-    if (!k->count)
-        return no_memory(e, n);
-    if (p->shape == SHAPE_PYRAMID)
-        count_pyramid(k);
-    return counts_early(k) && p->shape != SHAPE_PYRAMID ? count_shares(k, e) : 0;
+    return no_memory(e, n);
 }
 
 void keep_done(struct keep *k)
@@ -106,10 +147,10 @@ void keep_done(struct keep *k)
     mem_free(k->count);
     mem_free(k->now);
     mem_free(k->heads);
-    mem_free(k->index);
+    free_rows(k, k->index);
     mem_free(k->position);
-    mem_free(k->k);
-    mem_free(k->v);
+    free_rows(k, k->k);
+    free_rows(k, k->v);
     *k = (struct keep){0};
 }
 
@@ -174,25 +215,106 @@ static int count_layer(struct keep *k, const struct layer_rows *x, const struct 
     return 0;
 }
 
-/* index[] of head g into the buffers from row `at` on. */
-static void gather(struct keep *k, const struct layer_rows *x, uint32_t g, uint64_t at)
-{
-    uint64_t bytes = row_bytes(k), from = (uint64_t)g * x->stride;
-    const uint8_t *src_k = (const uint8_t *)x->k + from * bytes;
-    const uint8_t *src_v = (const uint8_t *)x->v + from * bytes;
-    uint32_t n = k->now[g];
+/* ---- choosing */
 
-    for (uint32_t i = 0; i < n; i++) {
-        memcpy(k->k + (at + i) * bytes, src_k + k->index[i] * bytes, bytes);
-        memcpy(k->v + (at + i) * bytes, src_v + k->index[i] * bytes, bytes);
-        k->position[at + i] = x->position[k->index[i]];
+/* The rows of each head, by its own order. */
+static int take(struct keep *k, const struct layer_rows *x, const struct scored_head *h,
+                struct larder_err *e)
+{
+    int rc = backend_view(k->b, x->score, VIEW_READ, e);
+    uint64_t at = 0;
+
+    if (!rc && k->select)
+        rc = backend_view(k->b, k->index, VIEW_WRITE, e);
+    for (uint32_t g = 0; g < k->geom->n_kv_heads && !rc; g++) {
+        rc = shape_take(&h[g], k->now[g], n_sure(k), k->index + at, e);
+        at += k->now[g];
     }
-    k->heads[g] = (struct kept_rows){n,    k->position + at, k->k + at * bytes, k->v + at * bytes,
-                                     NULL, k->elem};
+    return rc;
 }
 
-static void keep_all(struct keep *k, const struct layer_rows *x)
+/* The same where the scores are. A worth is the host's. */
+static int take_there(struct keep *k, const struct layer_rows *x, struct larder_err *e)
 {
+    const struct top_rows t = {.score = x->score,
+                               .n_heads = k->geom->n_kv_heads,
+                               .ld = x->n,
+                               .n = x->n,
+                               .lo = k->policy->sink,
+                               .hi = x->n - k->policy->n_obs,
+                               .count = k->now,
+                               .index = k->index};
+
+    return k->select->top(k->b, &t, e);
+}
+
+static int choose(struct keep *k, const struct layer_rows *x, struct larder_err *e)
+{
+    uint32_t n_kv = k->geom->n_kv_heads;
+    struct scored_head *h = mem_alloc(n_kv, sizeof *h);
+    int rc = h ? 0 : no_memory(e, k->n);
+
+    for (uint32_t g = 0; g < n_kv && !rc; g++)
+        h[g] = head_of(k, x, g);
+    if (!rc && k->policy->shape == SHAPE_LAYER) /* heads are compared here */
+        rc = backend_view(k->b, x->score, VIEW_READ, e);
+    if (!rc)
+        rc = count_layer(k, x, h, e);
+    if (!rc)
+        rc = k->select && !x->worth ? take_there(k, x, e) : take(k, x, h, e);
+    mem_free(h);
+    return rc;
+}
+
+static int send(struct keep *k, const void *rows, void *to, struct larder_err *e)
+{
+    const struct gather x = {.from = rows,
+                             .stride = k->at_hand.stride,
+                             .n_heads = k->geom->n_kv_heads,
+                             .row_bytes = (uint32_t)row_bytes(k),
+                             .count = k->now,
+                             .index = k->all ? NULL : k->index,
+                             .to = to};
+
+    return k->select->gather(k->b, &x, e);
+}
+
+int keep_choose(struct keep *k, const struct layer_rows *x, struct larder_err *e)
+{
+    int rc = 0;
+
+    k->at_hand = *x;
+    k->all = !x->score || !k->n_room;
+    for (uint32_t g = 0; g < k->geom->n_kv_heads && k->all; g++)
+        k->now[g] = x->n;
+    if (!k->all)
+        rc = choose(k, x, e);
+    if (!rc && k->select)
+        rc = send(k, x->k, k->k, e);
+    if (!rc && k->select)
+        rc = send(k, x->v, k->v, e);
+    return rc;
+}
+
+/* ---- collecting */
+
+/* index[] of head g into the buffers from row `at` on. */
+static void gather_head(struct keep *k, uint32_t g, uint64_t at)
+{
+    uint64_t bytes = row_bytes(k), from = (uint64_t)g * k->at_hand.stride;
+    const uint8_t *src_k = (const uint8_t *)k->at_hand.k + from * bytes;
+    const uint8_t *src_v = (const uint8_t *)k->at_hand.v + from * bytes;
+
+    for (uint64_t i = at; i < at + k->now[g]; i++) {
+        memcpy(k->k + i * bytes, src_k + k->index[i] * bytes, bytes);
+        memcpy(k->v + i * bytes, src_v + k->index[i] * bytes, bytes);
+    }
+}
+
+/* Rows are handed on where they are. */
+static void keep_all(struct keep *k)
+{
+    const struct layer_rows *x = &k->at_hand;
     uint64_t head = (uint64_t)x->stride * row_bytes(k);
 
     for (uint32_t g = 0; g < k->geom->n_kv_heads; g++)
@@ -201,29 +323,37 @@ static void keep_all(struct keep *k, const struct layer_rows *x)
             NULL, k->elem};
 }
 
-int keep_layer(struct keep *k, const struct layer_rows *x, struct larder_err *e)
+static int wait_for(struct keep *k, struct larder_err *e)
 {
-    uint32_t n_kv = k->geom->n_kv_heads;
-    struct scored_head *h;
-    uint64_t at = 0;
-    int rc;
+    int rc = k->all ? 0 : backend_view(k->b, k->index, VIEW_READ, e);
 
-    if (!x->score || !k->n_room) { /* nothing to choose, and no buffers to choose into */
-        keep_all(k, x);
+    if (!rc)
+        rc = backend_view(k->b, k->k, VIEW_READ, e);
+    return rc ? rc : backend_view(k->b, k->v, VIEW_READ, e);
+}
+
+int keep_collect(struct keep *k, struct larder_err *e)
+{
+    const uint32_t *position = k->at_hand.position;
+    uint64_t at = 0, bytes = row_bytes(k);
+    int rc = k->select ? wait_for(k, e) : 0;
+
+    if (rc)
+        return rc;
+    if (k->all && !k->select) {
+        keep_all(k);
         return 0;
     }
-    h = mem_alloc(n_kv, sizeof *h);
-    if (!h)
-        return no_memory(e, k->n);
-    for (uint32_t g = 0; g < n_kv; g++)
-        h[g] = head_of(k, x, g);
-    rc = count_layer(k, x, h, e);
-    for (uint32_t g = 0; g < n_kv && !rc; g++) {
-        rc = shape_take(&h[g], k->now[g], n_sure(k), k->index, e);
-        if (!rc)
-            gather(k, x, g, at);
-        at += k->now[g];
+    for (uint32_t g = 0; g < k->geom->n_kv_heads; g++) {
+        uint32_t n = k->now[g];
+
+        if (!k->select)
+            gather_head(k, g, at);
+        for (uint32_t i = 0; i < n; i++)
+            k->position[at + i] = position[k->all ? i : k->index[at + i]];
+        k->heads[g] = (struct kept_rows){
+            n, k->position + at, k->k + at * bytes, k->v + at * bytes, NULL, k->elem};
+        at += n;
     }
-    mem_free(h);
-    return rc;
+    return 0;
 }

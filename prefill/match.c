@@ -174,6 +174,19 @@ int match_layer(struct match *m, const struct replay_rows *x, const void *v,
     return 0;
 }
 
+void match_parts(const struct match *m, struct replay_part *part, uint32_t *ret_n,
+                 uint32_t *ret_queries)
+{
+    for (uint32_t i = 0; i < m->n_groups; i++) {
+        const struct match_group *u = &m->group[i];
+
+        part[i] = (struct replay_part){u->row, u->n_rows, m->block[u->block].row,
+                                       u->n_queries / m->n_group};
+    }
+    *ret_n = m->n_groups;
+    *ret_queries = m->n_queries;
+}
+
 /* ---- plan */
 
 static uint32_t blocks_of(const struct match *m, uint32_t rows)

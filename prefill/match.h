@@ -19,6 +19,7 @@
 
 #include "backend.h"
 #include "replay.h"
+#include "select_ops.h"
 
 struct match;
 
@@ -36,6 +37,11 @@ void match_close(struct match *m);
  * the mean over all queries of the squared probability of a row; valid until the next call. */
 int match_layer(struct match *m, const struct replay_rows *x, const void *v,
                 const float **ret_score, struct larder_err *e);
+
+/* Rows that are scored together, and by whom, for a backend that scores (select_ops.h): *ret_n of
+ * part[chunks of the replay]; *ret_queries queries of a KV head ask in all. */
+void match_parts(const struct match *m, struct replay_part *part, uint32_t *ret_n,
+                 uint32_t *ret_queries);
 
 /* Fit the rows keep[t] (ascending) of a KV head: v[t][head_dim] and bias[t] (all zero without
  * with_bias; exactly representable in bf16). */

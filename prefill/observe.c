@@ -10,6 +10,7 @@
 
 #include "mem.h"
 #include "select.h"
+#include "select_ops.h"
 
 #define UNSEEN (-1e30) /* below any score, also when it is multiplied by a worth */
 
@@ -25,12 +26,34 @@ static uint64_t row_at(const struct layer_view *x, uint32_t head, uint32_t row)
 
 /* ---- attention of the last w rows, probe included */
 
-static int mass_of(const struct layer_view *x, uint32_t n, uint32_t w, float *mass,
-                   struct larder_err *e)
+static struct window_mass mass_of(const struct layer_view *x, uint32_t n, uint32_t w, float *mass)
 {
-    struct window_mass m = {x->q, x->k, n, x->stride, w, model_sliding(x->b->p, x->layer), mass};
+    return (struct window_mass){x->q, x->k, n, x->stride, w, model_sliding(x->b->p, x->layer),
+                                mass};
+}
 
-    return x->b->ops->window(x->b, &m, e);
+/* Rows that the layer's window hides from all that comes after the document go last. */
+static uint32_t n_unseen(const struct layer_view *x)
+{
+    uint32_t n = sliding_from(model_sliding(x->b->p, x->layer), x->n_ctx);
+
+    return n < x->n ? n : x->n;
+}
+
+/* All of it where q and k are. */
+static int window_there(const struct layer_view *x, const struct policy *p, uint32_t w,
+                        double *score, struct larder_err *e)
+{
+    const struct window_score s = {.of = mass_of(x, x->n + x->n_probe, w, NULL),
+                                   .pool_kernel = p->pool_kernel,
+                                   .pool = p->pool,
+                                   .share = 1.0 / w / observe_group(x),
+                                   .n_unseen = n_unseen(x),
+                                   .unseen = UNSEEN,
+                                   .score = score,
+                                   .ld = x->n};
+
+    return x->b->ops->select->window(x->b, &s, e);
 }
 
 static int window(const struct layer_view *x, const struct policy *p, uint32_t w, double *score,
@@ -40,11 +63,12 @@ static int window(const struct layer_view *x, const struct policy *p, uint32_t w
     uint32_t n = x->n + x->n_probe, m = n - w;
     float *mass = mem_alloc((uint64_t)geom->n_heads * m, sizeof *mass);
     double *pooled = mem_alloc((uint64_t)geom->n_kv_heads * m, sizeof *pooled);
+    struct window_mass of = mass_of(x, n, w, mass);
     double share = 1.0 / w / observe_group(x);
     int rc = mass && pooled ? 0 : no_memory(e, x);
 
     if (!rc)
-        rc = mass_of(x, n, w, mass, e);
+        rc = x->b->ops->window(x->b, &of, e);
     if (!rc)
         rc = select_head_scores(mass, geom->n_heads, geom->n_kv_heads, m, p->pool_kernel, p->pool,
                                 pooled, e);
@@ -62,10 +86,11 @@ static int last(const struct layer_view *x, double *score, struct larder_err *e)
     const struct kv_geom *geom = &x->b->p->geom;
     uint32_t m = x->n - 1;
     float *mass = mem_alloc((uint64_t)geom->n_heads * m, sizeof *mass);
+    struct window_mass of = mass_of(x, x->n, 1, mass);
     int rc = mass ? 0 : no_memory(e, x);
 
     if (!rc)
-        rc = mass_of(x, x->n, 1, mass, e);
+        rc = x->b->ops->window(x->b, &of, e);
     for (uint32_t j = 0; j < m && !rc; j++) {
         double sum = 0;
 
@@ -207,13 +232,12 @@ static int score_all(const struct layer_view *x, const struct policy *p, double 
     return larder_fail(e, LARDER_EINTERNAL, "observation %d has no score", (int)p->obs);
 }
 
-/* Rows that the layer's window hides from all that comes after the document go last. */
 static void put_unseen_last(const struct layer_view *x, double *score)
 {
-    uint32_t n = sliding_from(model_sliding(x->b->p, x->layer), x->n_ctx);
+    uint32_t n = n_unseen(x);
 
     for (uint32_t g = 0; g < x->b->p->geom.n_kv_heads; g++)
-        for (uint32_t j = 0; j < n && j < x->n; j++)
+        for (uint32_t j = 0; j < n; j++)
             score[(uint64_t)g * x->n + j] = UNSEEN;
 }
 
@@ -233,8 +257,14 @@ static int look(const struct layer_view *x, const struct policy *p, struct larde
 int observe_layer(const struct layer_view *x, const struct policy *p, double *score,
                   struct larder_err *e)
 {
-    int rc = look(x, p, e);
+    int rc;
 
+    /* whoever chooses among those says which is not finite */
+    if (x->b->ops->select && (p->obs == OBS_TAIL || p->obs == OBS_PROBE))
+        return window_there(x, p, p->obs == OBS_TAIL ? p->n_obs : x->n_probe, score, e);
+    rc = backend_view(x->b, score, VIEW_WRITE, e);
+    if (!rc)
+        rc = look(x, p, e);
     if (!rc)
         rc = score_all(x, p, score, e);
     if (!rc)

@@ -31,7 +31,8 @@ struct layer_view {
     const void *q, *k, *v; /* as in backend.h, n + n_probe rows */
 };
 
-/* score [n_kv_heads][n]; rows below the policy's sink and in its window are not scored. */
+/* score [n_kv_heads][n]; rows below the policy's sink and in its window are not scored. In
+ * memory of backend_buffer_new() it stays with a backend that chooses (select_ops.h). */
 int observe_layer(const struct layer_view *x, const struct policy *p, double *score,
                   struct larder_err *e);
 

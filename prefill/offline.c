@@ -20,6 +20,7 @@
 #include "ref.h"
 #include "replay.h"
 #include "rung.h"
+#include "select_ops.h"
 
 /* Document rows that are fitted together: the fit's cost then grows with the document and not
  * with its cube, and its matrices stay below 20 MiB. Documents up to half as long again are
@@ -45,9 +46,10 @@ struct run {
     uint32_t *pos;
     void *q, *k, *v, *o;
     float *replayed; /* [n_kv_heads][n], replay scores */
-    double *score;   /* the same, or those of the match */
-    float *worth;    /* [n_heads][n], replay+: what a row's value adds, or NULL */
-    float *length;   /* [replay rows], replay+: 1 / length of the layer's input, or NULL */
+    double *score;   /* the same, or those of the match; it stays with a backend that chooses */
+    struct replay_part *part; /* [n_chunks], for such a backend */
+    float *worth;             /* [n_heads][n], replay+: what a row's value adds, or NULL */
+    float *length;            /* [replay rows], replay+: 1 / length of the layer's input, or NULL */
     double load_ms;
     const struct offline_watch *watch; /* scores are all that is wanted */
 };
@@ -68,7 +70,8 @@ static void run_done(struct run *r)
     backend_buffer_free(r->b, r->v);
     backend_buffer_free(r->b, r->o);
     mem_free(r->replayed);
-    mem_free(r->score);
+    backend_buffer_free(r->b, r->score);
+    mem_free(r->part);
     mem_free(r->worth);
     mem_free(r->length);
 }
@@ -87,7 +90,8 @@ static bool alloc(struct run *r)
     r->v = backend_buffer_new(r->b, g->n_kv_heads, per_head);
     r->o = backend_buffer_new(r->b, g->n_heads, per_head);
     r->replayed = mem_alloc(kept, sizeof *r->replayed);
-    r->score = mem_alloc(kept, sizeof *r->score);
+    r->score = backend_buffer_new(r->b, kept, sizeof *r->score);
+    r->part = mem_alloc(r->replay->n_chunks, sizeof *r->part);
     if (r->obs == OBS_REPLAY_PLUS) {
         r->worth = mem_alloc((uint64_t)g->n_heads * r->n, sizeof *r->worth);
         r->length = mem_alloc(r->n_all, sizeof *r->length);
@@ -95,7 +99,7 @@ static bool alloc(struct run *r)
             return false;
     }
     return r->hidden && r->pos && r->past && r->q && r->k && r->v && r->o && r->replayed &&
-           r->score;
+           r->score && r->part;
 }
 
 /* n rows at the end of the list. */
@@ -287,10 +291,22 @@ static int finish(struct run *r, const struct layer *l, uint32_t row, uint32_t n
              : 0;
 }
 
+/* What was chosen, which a backend may have sent while the document's rows attend. */
+static int deliver(struct run *r, struct larder_err *e)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
+        rc = rung_deliver(&r->rung[i], r->match, e);
+    return rc;
+}
+
 static int advance(struct run *r, const struct layer *l, bool last, struct larder_err *e)
 {
     int rc = attend_document(r, last ? r->n - 1 : 0, e);
 
+    if (!rc)
+        rc = deliver(r, e);
     if (!rc)
         rc = attend_others(r, last, e);
     if (!rc && !last)
@@ -344,51 +360,125 @@ static int weigh(struct run *r, uint32_t layer, struct larder_err *e)
     return rc;
 }
 
-/* Rungs that take these scores; NULL for those that take none. */
-static int keep_rows(struct run *r, uint32_t layer, const float *score, bool fits,
-                     struct larder_err *e)
+/* Scores of the host to where rungs choose by them. */
+static int set_scores(struct run *r, const float *score, struct larder_err *e)
 {
     uint64_t n = (uint64_t)r->p->geom.n_kv_heads * r->n;
+    int rc = backend_view(r->b, r->score, VIEW_WRITE, e);
+
+    for (uint64_t i = 0; i < n && !rc; i++)
+        r->score[i] = score[i];
+    return rc;
+}
+
+/* Rungs that choose by r->score, or, if it is not `scored`, take all. */
+static int choose_rows(struct run *r, uint32_t layer, bool scored, bool fits, struct larder_err *e)
+{
     struct layer_rows x = {.layer = layer,
                            .n = r->n,
                            .stride = (uint32_t)r->stride,
                            .position = r->pos,
                            .k = r->k,
                            .v = r->v,
-                           .score = score ? r->score : NULL};
+                           .score = scored ? r->score : NULL};
     int rc = 0;
 
-    for (uint64_t i = 0; score && i < n; i++)
-        r->score[i] = score[i];
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         if (rung_fits(&r->rung[i]) == fits)
-            rc = rung_layer(&r->rung[i], &x, r->match, e);
+            rc = rung_choose(&r->rung[i], &x, e);
     return rc;
+}
+
+static int look(struct run *r, struct larder_err *e)
+{
+    int rc = backend_view(r->b, r->q, VIEW_READ, e);
+
+    if (!rc)
+        rc = backend_view(r->b, r->k, VIEW_READ, e);
+    return rc ? rc : backend_view(r->b, r->v, VIEW_READ, e);
+}
+
+/* Where the keys are; rows are the replay's chunks or the match's groups. */
+static int score_there(struct run *r, const struct replay_rows *x, bool match, struct larder_err *e)
+{
+    struct replay_ask a = {.q = x->q,
+                           .k = x->k,
+                           .stride = (uint32_t)x->stride,
+                           .n_doc = r->n,
+                           .part = r->part,
+                           .n_parts = r->replay->n_chunks,
+                           .square = match,
+                           .worth = x->worth,
+                           .length = x->length,
+                           .score = r->score};
+
+    for (uint32_t i = 0; i < a.n_parts; i++) {
+        const struct replay_chunk *c = &r->replay->chunk[i];
+
+        r->part[i] = (struct replay_part){c->start, c->end - c->start, c->first, c->n};
+    }
+    if (match)
+        match_parts(r->match, r->part, &a.n_parts, &a.n_queries);
+    return r->b->ops->select->replay(r->b, &a, e);
+}
+
+/* Scores of a backend's for who watches. */
+static int get_scores(struct run *r, struct larder_err *e)
+{
+    uint64_t n = (uint64_t)r->p->geom.n_kv_heads * r->n;
+    int rc = backend_view(r->b, r->score, VIEW_READ, e);
+
+    for (uint64_t i = 0; i < n && !rc; i++) {
+        r->replayed[i] = (float)r->score[i];
+        if (!isfinite(r->replayed[i]))
+            rc = larder_fail(e, LARDER_ENUMERIC, "a replay score is not finite; nothing was kept");
+    }
+    return rc;
+}
+
+/* The replay's own scores. */
+static int score_replay(struct run *r, const struct replay_rows *x, struct larder_err *e)
+{
+    int rc;
+
+    if (r->b->ops->select) {
+        rc = score_there(r, x, false, e);
+        return rc || !r->watch ? rc : get_scores(r, e);
+    }
+    rc = replay_score(r->b, r->replay, x, r->replayed, e);
+    return rc ? rc : set_scores(r, r->replayed, e);
+}
+
+/* Those of the match, which then knows what a fit needs. */
+static int score_match(struct run *r, const struct replay_rows *x, struct larder_err *e)
+{
+    struct replay_rows plain = {x->q, x->k, x->stride, NULL, NULL}; /* matches weigh nothing */
+    const float *score = NULL;
+    int rc = look(r, e);
+
+    if (!rc)
+        rc = match_layer(r->match, x, r->v, &score, e);
+    if (!rc && r->b->ops->select)
+        return score_there(r, &plain, true, e);
+    return rc ? rc : set_scores(r, score, e);
 }
 
 static int observe(struct run *r, uint32_t layer, struct larder_err *e)
 {
     struct replay_rows x = {r->q, r->k, r->stride, r->worth, r->length};
-    const float *score = NULL;
     bool plain = any_is_plain(r);
-    int rc = backend_view(r->b, r->q, VIEW_READ, e);
+    int rc = r->worth ? weigh(r, layer, e) : 0;
 
-    if (!rc)
-        rc = backend_view(r->b, r->k, VIEW_READ, e);
-    if (!rc)
-        rc = backend_view(r->b, r->v, VIEW_READ, e);
-    if (!rc && r->worth)
-        rc = weigh(r, layer, e);
     if (!rc && plain)
-        rc = replay_score(r->b, r->replay, &x, r->replayed, e);
+        rc = score_replay(r, &x, e);
     if (!rc)
-        rc = keep_rows(r, layer, plain ? r->replayed : NULL, false, e);
-    if (!rc && r->match)
-        rc = match_layer(r->match, &x, r->v, &score, e);
-    if (!rc && r->match)
-        rc = keep_rows(r, layer, score, true, e);
+        rc = choose_rows(r, layer, plain, false, e);
     if (!rc && r->watch)
         rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
+    if (!rc && r->match)
+        rc = score_match(r, &x, e);
+    if (!rc && r->match)
+        rc = choose_rows(r, layer, true, true, e);
     return rc;
 }
 
@@ -419,11 +509,30 @@ static int run_layer(struct run *r, uint32_t layer, struct larder_err *e)
 
 /* ---- certificates */
 
-static void probe_rows(const struct run *r, const struct probe *p, uint32_t first, float *to)
-{
-    uint64_t n = r->p->n_hidden;
+#define AT_ONCE 8u /* probes whose logits are made together */
 
-    memcpy(to, r->hidden + (first + (uint64_t)p->scored) * n, PROBE_QUOTE * n * sizeof *to);
+/* Hidden states of the scored rows of probes first..first + n, PROBE_QUOTE each, of the copy that
+ * begins at row `copy`. */
+static int probe_rows(const struct run *r, uint32_t first, uint32_t n, uint32_t copy, float *to,
+                      struct larder_err *e)
+{
+    uint32_t index[AT_ONCE * PROBE_QUOTE], n_rows = n * PROBE_QUOTE;
+    uint64_t width = r->p->n_hidden;
+    struct gather g = {.from = r->hidden,
+                       .stride = r->n_all,
+                       .n_heads = 1,
+                       .row_bytes = (uint32_t)(width * sizeof *to),
+                       .count = &n_rows,
+                       .index = index,
+                       .to = to};
+
+    for (uint32_t i = 0; i < n_rows; i++)
+        index[i] = copy + r->probes->probe[first + i / PROBE_QUOTE].scored + i % PROBE_QUOTE;
+    if (r->b->ops->select)
+        return r->b->ops->select->gather(r->b, &g, e);
+    for (uint32_t i = 0; i < n_rows; i++)
+        memcpy(to + i * width, r->hidden + index[i] * width, width * sizeof *to);
+    return 0;
 }
 
 /* Logits [PROBE_QUOTE][n_vocab] of probes first..first + n, on the cache whose copy begins at
@@ -431,10 +540,9 @@ static void probe_rows(const struct run *r, const struct probe *p, uint32_t firs
 static int probe_logits(const struct run *r, uint32_t first, uint32_t n, uint32_t copy,
                         float *hidden, float *logits, struct larder_err *e)
 {
-    for (uint32_t k = 0; k < n; k++)
-        probe_rows(r, &r->probes->probe[first + k], copy,
-                   hidden + k * PROBE_QUOTE * (uint64_t)r->p->n_hidden);
-    return r->b->ops->logits(r->b, NULL, hidden, n * PROBE_QUOTE, logits, e);
+    int rc = probe_rows(r, first, n, copy, hidden, e);
+
+    return rc ? rc : r->b->ops->logits(r->b, NULL, hidden, n * PROBE_QUOTE, logits, e);
 }
 
 static int certify_some(struct run *r, uint32_t first, uint32_t n, float *hidden, float *full,
@@ -456,24 +564,21 @@ static int certify_some(struct run *r, uint32_t first, uint32_t n, float *hidden
 
 static int certify(struct run *r, struct larder_err *e)
 {
-    enum { AT_ONCE = 8 };
     uint64_t n_rows = AT_ONCE * PROBE_QUOTE, n_vocab = r->p->n_vocab;
-    float *hidden = mem_aligned(n_rows * r->p->n_hidden, sizeof *hidden);
+    float *hidden = backend_buffer_new(r->b, n_rows * r->p->n_hidden, sizeof *hidden);
     float *full = mem_aligned(n_rows * n_vocab, sizeof *full);
     float *kept = mem_aligned(n_rows * n_vocab, sizeof *kept);
     int rc = hidden && full && kept
                  ? 0
                  : larder_fail(e, LARDER_ENOMEM, "no memory for the probes' logits");
 
-    if (!rc)
-        rc = backend_view(r->b, r->hidden, VIEW_READ, e);
     for (uint32_t i = 0; i < r->probes->n && !rc; i += AT_ONCE)
         rc = certify_some(r, i, r->probes->n - i < AT_ONCE ? r->probes->n - i : AT_ONCE, hidden,
                           full, kept, e);
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         if (!isfinite(r->rung[i].certificate.kl))
             rc = larder_fail(e, LARDER_ENUMERIC, "the certificate is not finite; nothing was kept");
-    mem_free(hidden);
+    backend_buffer_free(r->b, hidden);
     mem_free(full);
     mem_free(kept);
     return rc;

@@ -16,8 +16,8 @@ static bool alloc_fit(struct rung *r)
     return r->fit_k && r->fit_v && r->bias;
 }
 
-static int rung_open(struct rung *r, const struct backend *b, const struct rung_want *want,
-                     uint32_t n, struct larder_err *e)
+static int rung_open(struct rung *r, struct backend *b, const struct rung_want *want, uint32_t n,
+                     struct larder_err *e)
 {
     const struct policy *p = want->policy;
     uint32_t rows;
@@ -26,9 +26,9 @@ static int rung_open(struct rung *r, const struct backend *b, const struct rung_
     *r =
         (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
     if (!rc)
-        rc = keep_init(&r->keep, p, r->geom, b->elem, n, rows, e);
+        rc = keep_init(&r->keep, b, p, n, rows, e);
     if (!rc && keep_waits(&r->keep))
-        rc = hold_init(&r->hold, r->geom, b->elem, e);
+        rc = hold_init(&r->hold, b, e);
     if (rc || !rung_fits(r))
         return rc;
     if (keep_waits(&r->keep))
@@ -38,8 +38,8 @@ static int rung_open(struct rung *r, const struct backend *b, const struct rung_
     return alloc_fit(r) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
 }
 
-int rungs_open(struct rung **ret, uint32_t *ret_n, const struct backend *b,
-               const struct rung_want *want, uint32_t n_wants, uint32_t n, struct larder_err *e)
+int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const struct rung_want *want,
+               uint32_t n_wants, uint32_t n, struct larder_err *e)
 {
     int rc = 0;
 
@@ -109,12 +109,14 @@ static void drop_unseen(struct rung *r, uint32_t layer)
     }
 }
 
-static int deliver(struct rung *r, uint32_t layer, struct match *m, struct larder_err *e)
+static int hand_on(struct rung *r, struct match *m, struct larder_err *e)
 {
-    int rc = 0;
+    uint32_t layer = r->keep.at_hand.layer;
+    int rc = keep_collect(&r->keep, e);
 
+    if (rc)
+        return rc;
     drop_unseen(r, layer);
-
     for (uint32_t g = 0; g < r->geom->n_kv_heads && rung_fits(r) && !rc; g++)
         rc = refit(r, g, m, e);
     if (!rc)
@@ -124,14 +126,14 @@ static int deliver(struct rung *r, uint32_t layer, struct match *m, struct larde
     return rc;
 }
 
-int rung_layer(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e)
+int rung_choose(struct rung *r, const struct layer_rows *x, struct larder_err *e)
 {
-    int rc;
+    return keep_waits(&r->keep) ? hold_add(&r->hold, x, e) : keep_choose(&r->keep, x, e);
+}
 
-    if (keep_waits(&r->keep))
-        return hold_add(&r->hold, x, e);
-    rc = keep_layer(&r->keep, x, e);
-    return rc ? rc : deliver(r, x->layer, m, e);
+int rung_deliver(struct rung *r, struct match *m, struct larder_err *e)
+{
+    return keep_waits(&r->keep) ? 0 : hand_on(r, m, e);
 }
 
 int rung_end(struct rung *r, struct larder_err *e)
@@ -142,9 +144,9 @@ int rung_end(struct rung *r, struct larder_err *e)
         return 0;
     rc = keep_count_all(&r->keep, r->hold.layers, e);
     for (uint32_t l = 0; l < r->geom->n_layers && !rc; l++) {
-        rc = keep_layer(&r->keep, &r->hold.layers[l], e);
+        rc = keep_choose(&r->keep, &r->hold.layers[l], e);
         if (!rc)
-            rc = deliver(r, l, NULL, e);
+            rc = hand_on(r, NULL, e);
     }
     return rc;
 }

@@ -40,8 +40,8 @@ struct rung {
 };
 
 /* A rung for each of n_wants; *ret_n: how many there are to be closed. */
-int rungs_open(struct rung **ret, uint32_t *ret_n, const struct backend *b,
-               const struct rung_want *want, uint32_t n_wants, uint32_t n, struct larder_err *e);
+int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const struct rung_want *want,
+               uint32_t n_wants, uint32_t n, struct larder_err *e);
 void rungs_close(struct rung *r, uint32_t n_rungs);
 
 /* Are rows refitted, and so chosen by the match's scores? Where none is dropped, only what codes
@@ -51,9 +51,11 @@ static inline bool rung_fits(const struct rung *r)
     return r->policy->fit != FIT_NONE && (r->keep.n_room || r->policy->precision != KV_BF16);
 }
 
-/* Choose the rows of a layer, refit them (m is not NULL where rung_fits()) and hand them on; where
- * heads of all layers compete the layer is only kept until rung_end(). */
-int rung_layer(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e);
+/* Choose the rows of a layer; where heads of all layers compete the layer is only kept until
+ * rung_end(). Between this and rung_deliver() the rows may be on their way (keep.h). */
+int rung_choose(struct rung *r, const struct layer_rows *x, struct larder_err *e);
+/* Refit what was chosen (m is not NULL where rung_fits()) and hand it on. */
+int rung_deliver(struct rung *r, struct match *m, struct larder_err *e);
 int rung_end(struct rung *r, struct larder_err *e);
 
 /* The rows at hand as past rows [n_kv_heads]. */

@@ -3,8 +3,9 @@
 #
 # Every test speaks TAP: "ok ..." / "not ok ..." (cmocka does, when asked), a
 # skipped case carries "# SKIP". A test program that exits with 77 is skipped as
-# a whole, loudly; one that exits otherwise non-zero without a "not ok" line, or
-# runs past its limit, counts as one failure. The last line is the count.
+# a whole, loudly, and fails where its group is written GROUP!; one that exits otherwise
+# non-zero without a "not ok" line, or runs past its limit, counts as one failure. The last
+# line is the count.
 set -u
 build=$1
 shift
@@ -26,7 +27,7 @@ run() {
     skip_ok=$(grep -cE '^ok .*# ?[Ss][Kk][Ii][Pp]' "$log/out")
     ok=$((ok - skip_ok))
     bad=$((bad - (skip - skip_ok)))
-    if [ "$rc" -eq 77 ]; then
+    if [ "$rc" -eq 77 ] && [ "$must" = no ]; then
         skipped=$((skipped + 1))
         echo "SKIP $name: $(tail -n 1 "$log/err")"
         return
@@ -47,6 +48,7 @@ run() {
     else
         echo "ok   $name: $ok passed$([ "$skip" -gt 0 ] && echo ", $skip skipped")"
     fi
+    grep -iE '^(not )?ok .*# ?skip' "$log/out" | sed 's/^/    /'
 }
 
 tiny() {
@@ -58,7 +60,8 @@ tiny() {
 }
 
 for group in "$@"; do
-    case $group in
+    case $group in *!) must=yes ;; *) must=no ;; esac
+    case ${group%!} in
     lint)
         for t in tests/lint/*.sh; do run "$t" 120 "$t" "$build"; done
         ;;
@@ -70,9 +73,11 @@ for group in "$@"; do
         ;;
     models)
         run "models, small" 120 python3 tests/models/check_models.py --build "$build"
+        run "models, small, cuda" 120 python3 tests/models/check_models.py --build "$build/shim" --backend cuda
         ;;
     models-made)
         run "models, made by transformers" 1200 python3 tests/models/check_models.py --build "$build" --make
+        run "models, made by transformers, cuda" 1200 python3 tests/models/check_models.py --build "$build/shim" --backend cuda --make
         ;;
     python)
         run "python package" 60 /usr/bin/python3 tests/decoders/test_package.py "$build"
@@ -94,10 +99,15 @@ for group in "$@"; do
     cuda) # make check-cuda
         at=${CUDA_DIR:?make check-cuda sets it}
         run "kernels on the GPU" 900 "$at/test_kernels"
+        run "choices on the GPU" 900 "$at/test_select"
         run "backend on the GPU" 900 "$at/test_device"
         for tool in memcheck racecheck; do
-            run "kernels under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_kernels"
+            for t in kernels select; do
+                run "$t under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_$t"
+            done
         done
+        run "models, small, cuda" 300 python3 tests/models/check_models.py --build "$build" --backend cuda
+        run "models, made by transformers, cuda" 1200 python3 tests/models/check_models.py --build "$build" --backend cuda --make
         run "golden, cuda f32" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda
         run "golden, cuda bf16" 3600 python3 tests/golden/conform.py --build "$build" --backend cuda --dtype bf16
         run "golden, kvpress, cuda" 3600 python3 tests/golden/kvpress.py --build "$build" --backend cuda

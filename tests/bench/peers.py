@@ -20,7 +20,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "larder")
-PEERS_PYTHON = os.path.join(CACHE, "peers", "bin", "python")
+PEERS_PYTHON = os.environ.get("LARDER_PEERS_PYTHON") or os.path.join(CACHE, "peers", "bin",
+                                                                      "python")
 ANSWER_LIMIT_S = 600
 START_S = 30
 REST_S = 0.3  # thread pools spin for a while after their work
@@ -81,7 +82,7 @@ class Torch:
             where = self.torch.arange(past.next_pos, past.next_pos + n_question)[None]
             with self.torch.inference_mode():
                 out = self.model(input_ids=self.torch.tensor([question]), position_ids=where,
-                                 past_key_values=past, logits_to_keep=1)
+                                 logits_to_keep=1, **{past.argument: past})
                 return int(out.logits[0, -1].argmax())
         with client:
             ms, token = timed(first)
@@ -294,7 +295,7 @@ def open_peers(names, model, longest, directory, missed):
     """Those of the peers that start; why others do not goes to `missed`."""
     peers = []
     if not os.path.exists(PEERS_PYTHON):
-        print("peers: not installed (tests/bench/setup-peers.sh)")
+        print("peers: no %s (tests/bench/setup-peers.sh)" % PEERS_PYTHON)
         return peers
     for name in names:
         try:

@@ -1,27 +1,36 @@
 #!/bin/sh
-# tests/bench/setup-peers.sh - install the peers that `make bench` compares prefill with.
+# tests/bench/setup-peers.sh [decoders] - install PyTorch with transformers, and llama.cpp.
 #
-# PyTorch with transformers, and llama.cpp (llama-cpp-python, built here from source), into a
-# virtual environment outside the tree: $XDG_CACHE_HOME/larder/peers or ~/.cache/larder/peers.
+# Into a virtual environment outside the tree, below $XDG_CACHE_HOME/larder or ~/.cache/larder:
+# `peers` is what `make bench` compares prefill with and stays as it is, so that figures of two
+# days compare; `decoders` has the releases that the Python package is tested with (make
+# check-decoders, check-models and bench-decoders). llama-cpp-python is built here from source.
 # Idempotent. Needs Debian 12, root (or sudo) when a package is missing, a PyPI index, 8 GB of
-# disk and about 20 minutes on 2 cores. PyPI's wheel of PyTorch for Linux is built for CUDA: it
-# cannot be imported without NVIDIA's libraries, so they come along although nothing uses them.
+# disk and about 20 minutes on 2 cores for each. PyPI's wheel of PyTorch for Linux is built for
+# CUDA: it cannot be imported without NVIDIA's libraries, so they come along although nothing uses
+# them.
 set -eu
 
 packages="python3-venv gcc g++ cmake ninja-build"
-torch="torch==2.9.1 transformers==4.57.6 gguf==0.17.1 accelerate==1.15.0 numpy==2.4.6"
 llama="llama-cpp-python==0.3.36"
-
-cd "$(dirname "$0")/../.."
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/larder
-env=$cache/peers
-model=$cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 say() { echo "setup-peers: $*" >&2; }
 die() {
     say "$*"
     exit 1
 }
+
+name=${1:-peers}
+case $name in
+peers) torch="torch==2.9.1 transformers==4.57.6 gguf==0.17.1 accelerate==1.15.0 numpy==2.4.6" ;;
+decoders) torch="torch==2.15.0 transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0 numpy==2.4.6" ;;
+*) die "usage: tests/bench/setup-peers.sh [decoders]" ;;
+esac
+
+cd "$(dirname "$0")/../.."
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/larder
+env=$cache/$name
+model=$cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 install_packages() {
     missing=""
@@ -38,7 +47,7 @@ install_packages() {
         $missing >&2
 }
 
-# have NAME REQUIREMENTS: the stamp is written last, so a broken installation is repeated
+# have PART REQUIREMENTS: the stamp is written last, so a broken installation is repeated
 have() { [ "$(cat "$env/$1.stamp" 2>/dev/null)" = "$2" ]; }
 pip_install() {
     "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2
@@ -53,12 +62,14 @@ works() { # PEER
 
 install_torch() { pip_install $torch && works torch-f32; }
 
-# A build that does not suit the processor ends by a signal in its first batch.
+# The library alone, without what would take as long again to build (images, program options). A
+# build that does not suit the processor ends by a signal in its first batch.
 install_llama() {
+    less="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$PWD/tests/bench/llama.cmake"
     say "building $llama"
-    pip_install "$llama" && works llama.cpp && return 0
+    CMAKE_ARGS=$less pip_install "$llama" && works llama.cpp && return 0
     say "the build for this processor fails; building for AVX2"
-    CMAKE_ARGS=-DGGML_NATIVE=OFF pip_install --no-cache-dir --force-reinstall --no-deps \
+    CMAKE_ARGS="$less -DGGML_NATIVE=OFF" pip_install --no-cache-dir --force-reinstall --no-deps \
         "$llama" && works llama.cpp
 }
 
@@ -72,7 +83,12 @@ if ! have torch "$torch"; then
     echo "$torch" >"$env/torch.stamp"
 fi
 if ! have llama "$llama"; then
-    # Not fatal: the benchmark reports a peer that does not run, and measures the other.
-    if install_llama; then echo "$llama" >"$env/llama.stamp"; else say "$llama does not run here"; fi
+    if install_llama; then
+        echo "$llama" >"$env/llama.stamp"
+    elif [ "$name" = decoders ]; then
+        die "$llama could not be built, or does not run here"
+    else
+        say "$llama does not run here" # the benchmark reports it, and measures the other
+    fi
 fi
-say "peers: $env"
+say "$name: $env"

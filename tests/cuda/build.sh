@@ -9,7 +9,8 @@ if ! [ -x "$nvcc" ]; then
     exit 77
 fi
 if ! make -s CUDA=1 CUDA_ARCHS=90 B="$build" "$build/cuda-90/larder-prefill-cuda" \
-    "$build/cuda-90/test_kernels" "$build/cuda-90/test_device" "$build/cuda-90/bench_device" >&2; then
+    "$build/cuda-90/test_kernels" "$build/cuda-90/test_select" "$build/cuda-90/test_device" \
+    "$build/cuda-90/bench_device" >&2; then
     echo "not ok - larder-prefill-cuda and its tests compile and link"
     exit 1
 fi

@@ -1,6 +1,7 @@
 /* fake_device.c - cuda_device for tests: memory is malloc'd, kernels run through the shim.
  *
- * Fresh memory is NaN, every lane runs at once, and a product is the plainest loop. */
+ * Fresh memory is NaN, every lane but the one for what leaves runs at once, and a product is the
+ * plainest loop. */
 #include "fake_device.h"
 
 #include <stdlib.h>
@@ -10,15 +11,37 @@
 
 #define HEALTHY                                                                                    \
     {                                                                                              \
-        .info = {.name = "fake device", .driver = 13000, .runtime = 13000, .major = 9,             \
-                 .total = 8ull << 30, .free = 4ull << 30, .shared_max = 227 << 10},                \
+        .info = {.name = "fake device",                                                            \
+                 .driver = 13000,                                                                  \
+                 .runtime = 13000,                                                                 \
+                 .major = 9,                                                                       \
+                 .total = 8ull << 30,                                                              \
+                 .free = 4ull << 30,                                                               \
+                 .shared_max = 227 << 10},                                                         \
         .fail_rc = 700,                                                                            \
     }
 
 struct fake fake = HEALTHY;
 
+#define MAX_LEAVING 4096u
+
+static struct {
+    void *to;
+    const void *from;
+    uint64_t bytes;
+} leaving[MAX_LEAVING];
+static uint32_t n_leaving;
+
+static void all_leave(void)
+{
+    for (uint32_t i = 0; i < n_leaving; i++)
+        memcpy(leaving[i].to, leaving[i].from, leaving[i].bytes);
+    n_leaving = 0;
+}
+
 void fake_reset(void)
 {
+    n_leaving = 0;
     fake = (struct fake)HEALTHY;
 }
 
@@ -53,15 +76,36 @@ static int fake_free_bytes(void *d, uint64_t *ret)
     return 0;
 }
 
-/* The size stands before what is handed out; 256 bytes keep the alignment of a device. */
+enum { BEFORE = 256, BEHIND = 64 };
+
+/* The size stands before what is handed out, in 256 bytes that keep the alignment of a device, and
+ * bytes that nobody may write to behind it. */
 static void *take(uint64_t bytes)
 {
-    uint8_t *p = aligned_alloc(256, (bytes + 256 + 255) / 256 * 256);
+    uint8_t *p = aligned_alloc(BEFORE, (BEFORE + bytes + BEHIND + 255) / 256 * 256);
 
     memcpy(p, &bytes, sizeof bytes);
-    memset(p + 256, 0xff, bytes);
+    memset(p + BEFORE, 0xff, bytes);
+    memset(p + BEFORE + bytes, 0xa5, BEHIND);
     fake.n_live++;
-    return p + 256;
+    return p + BEFORE;
+}
+
+/* -> its size */
+static uint64_t give_back(void *p)
+{
+    const uint8_t *behind;
+    uint64_t bytes;
+
+    memcpy(&bytes, (uint8_t *)p - BEFORE, sizeof bytes);
+    behind = (uint8_t *)p + bytes;
+    for (int i = 0; i < BEHIND; i++)
+        if (behind[i] != 0xa5)
+            abort(); /* something wrote past the end */
+    memset(p, 0xff, bytes);
+    fake.n_live--;
+    free((uint8_t *)p - BEFORE);
+    return bytes;
 }
 
 static int fake_alloc(void *d, uint64_t bytes, void **ret)
@@ -81,14 +125,9 @@ static int fake_alloc(void *d, uint64_t bytes, void **ret)
 
 static void fake_release(void *d, void *p)
 {
-    uint64_t bytes;
-
     (void)d;
-    memcpy(&bytes, (uint8_t *)p - 256, sizeof bytes);
-    memset(p, 0xff, bytes);
-    fake.used -= bytes;
-    fake.n_live--;
-    free((uint8_t *)p - 256);
+    all_leave();
+    fake.used -= give_back(p);
 }
 
 static int fake_pin(void *d, uint64_t bytes, void **ret)
@@ -104,8 +143,8 @@ static int fake_pin(void *d, uint64_t bytes, void **ret)
 static void fake_unpin(void *d, void *p)
 {
     (void)d;
-    fake.n_live--;
-    free((uint8_t *)p - 256);
+    all_leave();
+    give_back(p);
 }
 
 static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum cuda_way way,
@@ -114,11 +153,18 @@ static int fake_copy(void *d, void *to, const void *from, uint64_t bytes, enum c
     int rc = step(FAKE_COPY);
 
     (void)d;
-    (void)way;
-    (void)lane;
-    if (!rc)
+    if (rc)
+        return rc;
+    fake.sent += way == CUDA_TO_DEVICE && lane == CUDA_COPY ? bytes : 0;
+    fake.down += way == CUDA_TO_HOST ? bytes : 0;
+    if (lane == CUDA_LEAVE && n_leaving < MAX_LEAVING) {
+        leaving[n_leaving].to = to;
+        leaving[n_leaving].from = from;
+        leaving[n_leaving++].bytes = bytes;
+    } else {
         memcpy(to, from, bytes);
-    return rc;
+    }
+    return 0;
 }
 
 static int fake_zero(void *d, void *to, uint64_t bytes, enum cuda_lane lane)
@@ -143,22 +189,24 @@ static int fake_mark(void *d, uint32_t mark, enum cuda_lane lane)
 static int fake_wait(void *d, uint32_t mark, enum cuda_lane lane)
 {
     (void)d;
-    (void)mark;
-    (void)lane;
+    if (mark == CUDA_MARK_LEFT && lane != CUDA_LEAVE)
+        all_leave();
     return step(FAKE_WAIT);
 }
 
 static int fake_sync_mark(void *d, uint32_t mark)
 {
     (void)d;
-    (void)mark;
+    if (mark == CUDA_MARK_LEFT)
+        all_leave();
     return step(FAKE_SYNC);
 }
 
 static int fake_sync(void *d, enum cuda_lane lane)
 {
     (void)d;
-    (void)lane;
+    if (lane == CUDA_LEAVE)
+        all_leave();
     return step(FAKE_SYNC);
 }
 
@@ -167,21 +215,30 @@ static float element(const void *x, bool is_bf16, uint64_t i)
     return is_bf16 ? bf16_to_f32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
+static void product(const struct cuda_gemm *g, uint64_t x0, float *y0)
+{
+    for (uint64_t i = 0; i < g->n; i++)
+        for (uint64_t j = 0; j < g->n_out; j++) {
+            float *y = y0 + i * g->ldy + j, sum = 0;
+
+            for (uint64_t k = 0; k < g->n_in; k++)
+                sum += element(g->x, g->bf16, x0 + i * g->ldx + k) *
+                       element(g->w, g->bf16, j * g->n_in + k);
+            *y = g->add ? *y + sum : sum;
+        }
+}
+
 static int fake_gemm(void *d, const struct cuda_gemm *g)
 {
     int rc = step(FAKE_GEMM);
 
     (void)d;
-    for (uint64_t i = 0; i < g->n && !rc; i++)
-        for (uint64_t j = 0; j < g->n_out; j++) {
-            float *y = g->y + i * g->ldy + j, sum = 0;
-
-            for (uint64_t k = 0; k < g->n_in; k++)
-                sum += element(g->x, g->bf16, i * g->ldx + k) *
-                       element(g->w, g->bf16, j * g->n_in + k);
-            *y = g->add ? *y + sum : sum;
-        }
-    return rc;
+    if (rc)
+        return rc;
+    product(g, 0, g->y);
+    for (uint64_t i = 1; i < g->batch; i++)
+        product(g, i * g->x_stride, g->y + i * g->y_stride);
+    return 0;
 }
 
 static int fake_launch(void *d, const struct cuda_launch *l)

@@ -1,5 +1,7 @@
 /* fake_device.h - a CUDA device that is host memory, and whose calls can be made to fail.
  *
+ * Order      Lanes run at once, but what leaves (CUDA_LEAVE) is copied only when somebody waits for
+ *            it: who looks too early, or writes over what has not left, is seen.
  * Ownership  One at a time. What it hands out is counted: fake.n_live is 0 after a clean close.
  */
 #ifndef LARDER_FAKE_DEVICE_H
@@ -31,6 +33,8 @@ struct fake {
     long n_live;     /* allocations, pinned ones too */
     long kernels[CUDA_KERNELS];
     long copy_lane;  /* launches on the copy lane */
+    uint64_t down;   /* bytes copied to the host */
+    uint64_t sent;   /* bytes copied to the device on the copy lane */
 };
 
 extern struct fake fake;

@@ -31,6 +31,7 @@ alignas(16) uint8_t shared_bytes[SHARED];
 /* What the lanes of a warp show each other. */
 union shown {
     float x;
+    double wide;
     struct {
         uint32_t a[4], b[2];
     } mma;
@@ -142,7 +143,10 @@ shim_index threadIdx, blockIdx, blockDim, gridDim;
 
 int shim_run(const struct cuda_launch *l, const std::function<void()> &kernel)
 {
-    if (l->block > 1024 || l->block % LANES || l->shared > SHARED)
+    const uint32_t *g = l->grid;
+
+    if (l->block > 1024 || l->block % LANES || l->shared > SHARED || !g[0] || !g[1] || !g[2] ||
+        g[0] > INT32_MAX || g[1] > UINT16_MAX || g[2] > UINT16_MAX)
         return 1; /* cudaErrorInvalidValue */
     body = &kernel;
     n_threads = l->block;
@@ -180,6 +184,17 @@ float prim_shfl_xor(float x, int mask)
     lanes[current].x = x;
     meet_warp();
     y = warp_lanes()[(current % LANES) ^ (uint32_t)mask].x;
+    meet_warp();
+    return y;
+}
+
+double prim_shfl_xor(double x, int mask)
+{
+    double y;
+
+    lanes[current].wide = x;
+    meet_warp();
+    y = warp_lanes()[(current % LANES) ^ (uint32_t)mask].wide;
     meet_warp();
     return y;
 }

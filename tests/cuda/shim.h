@@ -38,6 +38,7 @@ uint8_t *shim_shared(void); /* NaNs at the start of each block */
 void __syncthreads(void);
 void prim_syncwarp(void);
 float prim_shfl_xor(float x, int mask);
+double prim_shfl_xor(double x, int mask);
 void prim_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1);
 void prim_ldmatrix(uint32_t r[4], const void *shared);
 void prim_ldmatrix_trans(uint32_t r[4], const void *shared);

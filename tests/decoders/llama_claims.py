@@ -152,6 +152,16 @@ def another_model_or_rope_is_refused():
 
 
 @claim
+def another_template_is_refused():
+    with larder.Client() as client, client.get("asl") as cache:
+        want = answer_of_larder("asl")["question_ids"]
+        prompt = cache.text + LLM.detokenize(want, special=True).decode()
+        assert larder.llama.question(cache, LLM, prompt) == want
+        said = raises(errors.ModelMismatch, larder.llama.question, cache, LLM, "[INST] " + prompt)
+        assert "'[INST] " in said, said
+
+
+@claim
 def a_context_that_is_too_short_is_refused():
     assert "none is left" in raises(errors.ModelMismatch, load, "asl", opened(n_ctx=512))
 

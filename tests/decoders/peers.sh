@@ -1,12 +1,12 @@
 # peers.sh - sourced after lib.sh: the Python that has a decoder's library, or a loud skip, and
 # what larder's own decoder answers.
-python=${LARDER_PEERS_PYTHON:-${XDG_CACHE_HOME:-$HOME/.cache}/larder/peers/bin/python}
+python=${LARDER_PEERS_PYTHON:-${XDG_CACHE_HOME:-$HOME/.cache}/larder/decoders/bin/python}
 question="What is the name of the programming language?"
 
 need() { # MODULE...
     for m in "$@"; do
         "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$m') is None)" 2>/dev/null && continue
-        echo "no $m for $python; run: sh tests/bench/setup-peers.sh" >&2
+        echo "no $m for $python; run: sh tests/bench/setup-peers.sh decoders" >&2
         exit 77
     done
     case $build in /*) LARDER_LIBRARY=$build/liblarder.so ;; *) LARDER_LIBRARY=$PWD/$build/liblarder.so ;; esac

@@ -2,7 +2,9 @@
 """The Python package on a real daemon with the entries `manual` (bf16) and `small` (int4)."""
 import contextlib
 import io
+import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -76,6 +78,25 @@ def views_outlive_the_removed_entry():
             keys, copy = cache.keys(29, 2), cache.keys(29, 2).copy()
         client.rm("gone")
     assert (keys == copy).all() and keys.size
+
+
+@claim
+def a_decoder_that_dies_loses_its_lease_and_nothing_else():
+    code = ("import larder, time; cache = larder.Client().get('manual'); "
+            "print(cache.n_ctx, flush=True); time.sleep(600)")
+    with larder.Client() as client, client.get("small") as mine:
+        before = client.status()["images"]["leases"]
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as decoder:
+            try:
+                n_ctx = int(decoder.stdout.readline())
+                assert client.status()["images"]["leases"] == before + 1
+            finally:
+                decoder.kill()
+        while client.status()["images"]["leases"] != before:  # the test's limit ends a wait
+            time.sleep(0.01)
+        assert mine.keys(0, 0).size and len(list(client.ls())) == 2
+        with client.get("manual") as cache:
+            assert cache.n_ctx == n_ctx
 
 
 @claim

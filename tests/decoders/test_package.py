@@ -298,6 +298,28 @@ def packed_images_are_read():
                 assert (cache.values_f32(l, h) == want.reshape(-1, D)).all()
 
 
+# ---- prompts
+
+@claim
+def a_prompt_of_another_tokenizer_or_template_is_refused_with_what_differs():
+    from larder.models import rest_of_prompt
+    image = plain_image()
+    text = image.text.decode()
+    with fetched(image.bytes()) as cache:
+        def read(ids):
+            return text if len(ids) in (127, 128) else None
+
+        assert rest_of_prompt(cache, text + " Why?", read) == " Why?"
+        with_mark = rest_of_prompt(cache, text + "!", lambda ids: "<s> " * (len(ids) > 127) + text)
+        assert with_mark == "!"
+        raises(errors.InvalidArgument, rest_of_prompt, cache, text, read)
+        said = raises(errors.ModelMismatch, rest_of_prompt, cache, "Ein Wort", read)
+        assert "template" in said and "character 4 on it is 'Wort'" in said, said
+        said = raises(errors.ModelMismatch, rest_of_prompt, cache, text + "?",
+                      lambda ids: "Ein T\u00e4xt")
+        assert "tokenizer" in said and "character 5 on" in said and "'ext " in said, said
+
+
 # ---- what must not be believed
 
 def refused(error, data, packed=False, **how):

@@ -7,7 +7,7 @@ import sys
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import larder
 import larder.hf
@@ -31,18 +31,18 @@ def load(name, **how):
         return larder.hf.load(cache, model(), **how)
 
 
-def forward(past, ids, **more):
+def forward(past, ids):
     """Logits of ids, each row, behind what is in the cache."""
     first = past.get_seq_length()
     where = torch.arange(first, first + len(ids))[None]
     with torch.inference_mode():
-        return model()(input_ids=torch.tensor([ids]), position_ids=where, past_key_values=past,
-                       **more).logits[0]
+        return model()(input_ids=torch.tensor([ids]), position_ids=where,
+                       **{past.argument: past}).logits[0]
 
 
 def generate(past, question, n):
-    out = model().generate(**past.inputs(question), past_key_values=past, max_new_tokens=n,
-                           do_sample=False, eos_token_id=-1, pad_token_id=0)
+    out = model().generate(**past.inputs(question), max_new_tokens=n, do_sample=False,
+                           eos_token_id=-1, pad_token_id=0)
     return out[0, past.next_pos + len(question):].tolist()
 
 
@@ -55,12 +55,38 @@ def the_readme_example_answers():
     assert README["past"].get_seq_length() == README["cache"].next_pos
 
 
+def rendered(**more):
+    """Document and question as the model's own template has them."""
+    with open(os.path.join(ROOT, "tests/golden/data/public/doc_a700.txt"), encoding="utf-8") as f:
+        both = f.read() + "\n\nWhat is the name of the programming language?"
+    return README["tokenizer"].apply_chat_template([{"role": "user", "content": both}],
+                                                   tokenize=False, add_generation_prompt=True,
+                                                   **more)
+
+
+def question(tokenizer, prompt):
+    with larder.Client() as client, client.get("full") as cache:
+        return larder.hf.question(cache, tokenizer, prompt)
+
+
 @claim
-def its_tokenizer_makes_larders_question():
+def tokenizer_and_template_make_larders_question():
     want = answer_of_larder("full")["question_ids"]
-    text = ("\n\nWhat is the name of the programming language?"
-            "<|im_end|>\n<|im_start|>assistant\n")
-    assert README["tokenizer"](text, add_special_tokens=False).input_ids == want
+    assert README["question"] == question(README["tokenizer"], rendered()) == want
+
+
+@claim
+def another_template_or_tokenizer_is_refused_with_what_differs():
+    other = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    said = raises(errors.ModelMismatch, question, README["tokenizer"],
+                  rendered(chat_template=other))
+    assert "'[INST] " in said and "'<|im_start|>" in said and "template" in said, said
+    small = PreTrainedTokenizerFast(
+        tokenizer_file=os.path.join(ROOT, "tests/models/small/llama/tokenizer.json"))
+    said = raises(errors.ModelMismatch, question, small, rendered())
+    assert "another tokenizer's" in said, said
+    document = rendered().rsplit("\n\nWhat", 1)[0]
+    raises(errors.InvalidArgument, question, README["tokenizer"], document)
 
 
 def compare(name):
@@ -119,10 +145,14 @@ def a_question_in_parts_is_the_question():
         forward(parts, question[5:6])
         got = forward(parts, question[6:])[-1]
         assert float((want - got).abs().max()) < 1e-3
-        parts.crop(parts.next_pos + 6)  # and back to a part of it
+        parts.crop(6 - len(question))  # and back to a part of it
         again = forward(parts, question[6:])[-1]
         assert float((want - again).abs().max()) < 1e-3
+        parts.crop(parts.next_pos + 6)  # as transformers 4 says it
+        parts.crop(0)
+        assert parts.get_seq_length() == parts.next_pos + 6
         raises(errors.InvalidArgument, parts.crop, parts.next_pos - 1)
+        raises(errors.InvalidArgument, parts.crop, -7)
 
 
 @claim
@@ -138,9 +168,29 @@ def padding_between_document_and_question_is_not_seen():
     where = torch.stack([torch.arange(first - 2, first + n), torch.arange(first, first + n + 2)])
     with torch.inference_mode():
         logits = model()(input_ids=ids, position_ids=where, attention_mask=seen,
-                         past_key_values=batch).logits
+                         **{batch.argument: batch}).logits
     assert float((logits[0, -1] - want).abs().max()) < 1e-3
     assert float((logits[1, -3] - want).abs().max()) < 1e-3
+
+
+def empty():
+    return {README["past"].argument: DynamicCache()}
+
+
+@claim
+def no_keys_are_taken_that_did_not_pass_the_hook():
+    past = load("manual")
+    hooks = [m._forward_pre_hooks for m in model().modules()
+             if larder.hf._mask_of_stored_rows in m._forward_pre_hooks.values()]
+    kept = [(h, dict(h)) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        assert "hook" in raises(errors.Unsupported, forward, past, [5])
+    finally:
+        for h, old in kept:
+            h.update(old)
+    assert past.layers[0].n_new == 0
 
 
 @claim
@@ -150,11 +200,11 @@ def other_caches_are_left_alone():
              if larder.hf._mask_of_stored_rows in m._forward_pre_hooks.values()]
     assert len(hooks) == 30 and all(len(h) == 1 for h in hooks)
     with torch.inference_mode():
-        with_hooks = model()(input_ids=ids, past_key_values=DynamicCache()).logits
+        with_hooks = model()(input_ids=ids, **empty()).logits
         kept = [(h, dict(h)) for h in hooks]
         for h in hooks:
             h.clear()
-        without = model()(input_ids=ids, past_key_values=DynamicCache()).logits
+        without = model()(input_ids=ids, **empty()).logits
     for h, old in kept:
         h.update(old)
     assert (with_hooks == without).all()

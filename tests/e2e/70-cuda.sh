@@ -1,6 +1,7 @@
 #!/bin/bash
 # A model with backend = cuda: which program is started, what status says of its device, and what
-# is said where there is none. The device is host memory (tests/cuda); no GPU is needed.
+# is said where there is none; questions to an image. The device is host memory (tests/cuda); no GPU
+# is needed.
 . "$(dirname "$0")/lib.sh"
 mkdir "$dir/d" "$dir/m" "$dir/empty"
 # The tiny model of the golden tests: a few layers, computed in no time
@@ -66,5 +67,17 @@ printf 'a small text\n' >"$dir/text"
 claim "a document is prefilled and stored" larder put "$dir/text" --name t --policy full --wait
 stored_by() { same backend "$(larder show t --json | field backend)" "cuda/bf16/sm_90"; }
 claim "the entry says what computed it" stored_by
+
+# larder looks for its engine beside itself
+mkdir "$dir/bin" && cp "$build/larder" "$build/shim/larder-prefill-cuda" "$dir/bin"
+ask() { "$dir/bin/larder" ask "$@" "which text?" --max-new 8 --ignore-eos --json; }
+answers() {
+    ask t >"$dir/a" && ask --model tiny --file "$dir/text" >"$dir/b" &&
+        same ids "$(field generated_ids <"$dir/a")" "$(field generated_ids <"$dir/b")" &&
+        [ "$(field generated_ids <"$dir/a")" != "[]" ]
+}
+claim "a question to the image is answered as one to the document" answers
+larder put "$dir/text" --name packed --policy full,precision=int4 --wait >/dev/null
+claim "and one to packed rows" ask packed
 stop_daemon
 exit $rc

@@ -3,10 +3,12 @@
 
     check_models.py --build BUILD                 the small ones that are part of the tree
     check_models.py --build BUILD --make          those that make_models.py makes now
+    check_models.py --build BUILD --backend cuda  by BUILD/larder-prefill-cuda
 
-Logits of `ref` and `cpu` in f32 are within 1e-4 of the largest, after 1, 7 and 300 tokens, and
-the 16 tokens after that are the same, from a prefill of 290 of them and a question of ten. `info` says
-what config.json does of attention, windows and RoPE. Speaks TAP.
+Logits in f32 - of `ref` and `cpu`, unless a backend is named - are within 1e-4 of the largest,
+after 1, 7 and 300 tokens, and the 16 tokens after that are the same, from a prefill of 290 of them
+and a question of ten. `info` of `cpu` says what config.json does of attention, windows and RoPE.
+Speaks TAP.
 Exit status 77: --make, and there is no Python with torch, transformers and gguf.
 """
 import argparse
@@ -18,7 +20,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "larder")
-PEERS = os.path.join(CACHE, "peers", "bin", "python")
+PEERS = os.path.join(CACHE, "decoders", "bin", "python")
 CLOSE = 1e-4
 QUESTION = 10
 
@@ -36,7 +38,8 @@ class Run:
 
     def __init__(self, build, model, backend, tmp):
         self.words = ["--model", model, "--backend", backend, "--dtype", "f32", "--json"]
-        self.program = os.path.join(build, "larder-prefill")
+        program = "larder-prefill-cuda" if backend == "cuda" else "larder-prefill"
+        self.program = os.path.join(build, program)
         self.tmp = tmp
 
     def file(self, name, ids):
@@ -139,12 +142,13 @@ def check_info(run, name, config, is_gguf):
     claim("%s: info in words" % name, None if window in shown and rope in shown else shown)
 
 
-def check(build, model, want, tmp):
+def check(build, backends, model, want, tmp):
     name = os.path.basename(model)
     is_gguf = name.endswith(".gguf")
-    with open(os.path.join(model[:-len(".gguf")] if is_gguf else model, "config.json")) as f:
-        check_info(Run(build, model, "cpu", tmp), name, json.load(f), is_gguf)
-    for backend in ("ref", "cpu"):
+    if "cpu" in backends:
+        with open(os.path.join(model[:-len(".gguf")] if is_gguf else model, "config.json")) as f:
+            check_info(Run(build, model, "cpu", tmp), name, json.load(f), is_gguf)
+    for backend in backends:
         run = Run(build, model, backend, tmp)
         try:
             for n, theirs in want["logits"].items():
@@ -157,36 +161,40 @@ def check(build, model, want, tmp):
             claim("%s, %s" % (name, backend), str(why))
 
 
-def check_all(build, folder):
+def check_all(build, backends, folder):
     with tempfile.TemporaryDirectory(prefix="larder-models.") as tmp:
-        check_real(build, tmp)
+        if "cpu" in backends:
+            check_real(build, tmp)
         for file in sorted(os.listdir(folder)):
             if not file.endswith(".json"):
                 continue
             with open(os.path.join(folder, file)) as f:
                 want = json.load(f)
             model = os.path.join(folder, file[:-len(".json")])
-            check(build, model, want, tmp)
+            check(build, backends, model, want, tmp)
             if os.path.exists(model + ".gguf"):
-                check(build, model + ".gguf", want, tmp)
+                check(build, backends, model + ".gguf", want, tmp)
 
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a.add_argument("--build", default="build")
     a.add_argument("--make", action="store_true")
+    a.add_argument("--backend", action="append")
     args = a.parse_args()
+    backends = args.backend or ["ref", "cpu"]
     if not args.make:
-        check_all(args.build, os.path.join(HERE, "small"))
+        check_all(args.build, backends, os.path.join(HERE, "small"))
         return 1 if failed else 0
     if not os.path.exists(PEERS):
-        print("no torch and transformers at %s; tests/bench/setup-peers.sh installs them" % PEERS,
+        print("no torch and transformers at %s; 'tests/bench/setup-peers.sh decoders' installs "
+              "them" % PEERS,
               file=sys.stderr)
         return 77
     with tempfile.TemporaryDirectory(prefix="larder-made.") as made:
         subprocess.run([PEERS, os.path.join(HERE, "make_models.py"), made], check=True,
                        stdout=sys.stderr)
-        check_all(args.build, made)
+        check_all(args.build, backends, made)
     return 1 if failed else 0
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Small random models of every architecture, as Hugging Face transformers computes them.
 
-    make_models.py OUT [--small]
+    make_models.py OUT [--small] [NAME...]
 
-writes for each case OUT/NAME/ (config.json, safetensors, tokenizer.json), OUT/NAME.gguf and
-OUT/NAME.json: token ids, the logits of the last of 1, 7 and 300 of them, and what follows when the
-most likely token is taken 16 times. --small: fewer and smaller ones, in bf16, that can be part of
-the tree. Needs torch, transformers and gguf; check_models.py compares.
+writes for each case (of these names only, where there are some) OUT/NAME/ (config.json,
+safetensors, tokenizer.json), OUT/NAME.gguf and OUT/NAME.json: token ids, the logits of the last of
+1, 7 and 300 of them, and what follows when the most likely token is taken 16 times. --small: fewer
+and smaller ones, in bf16, that can be part of the tree. Needs torch, transformers and gguf;
+check_models.py compares.
 """
 import json
 import os
@@ -112,6 +113,24 @@ def answers(model, seed, vocab):
     return out
 
 
+# ---- RoPE, as transformers 4 keeps it in a configuration
+
+def rope_theta(config):
+    now = getattr(config, "rope_parameters", None)
+    return now["rope_theta"] if now else config.rope_theta
+
+
+def rope_scaling(config):
+    now = getattr(config, "rope_parameters", None)
+    if not now:
+        return getattr(config, "rope_scaling", None)
+    elsewhere = {"rope_theta", "partial_rotary_factor"}
+    if now["rope_type"] == "longrope":
+        elsewhere |= {"rope_type", "original_max_position_embeddings"}
+    return None if now["rope_type"] == "default" else {k: v for k, v in now.items()
+                                                       if k not in elsewhere}
+
+
 # ---- as a directory
 
 def tokens(vocab):
@@ -138,15 +157,20 @@ def write_tokenizer(folder, vocab):
 
 
 def write_folder(folder, model, config, dtype, shards):
-    """save_pretrained() would write the same, less the tensors in a chosen type."""
+    """As save_pretrained() of transformers 4 does it, and most checkpoints have it, with the
+    tensors in a chosen type."""
     os.makedirs(folder)
     config.architectures = [type(model).__name__]
     with open(os.path.join(folder, "config.json"), "w") as f:
-        keys = {k: v for k, v in config.to_diff_dict().items() if not k.startswith("_")}
+        keys = {k: v for k, v in config.to_diff_dict().items()
+                if not k.startswith("_") and k != "rope_parameters"}
         keys["model_type"] = config.model_type
+        if rope_scaling(config):
+            keys["rope_scaling"] = rope_scaling(config)
         json.dump(dict(keys, vocab_size=config.vocab_size,
                        tie_word_embeddings=config.tie_word_embeddings,
                        rms_norm_eps=config.rms_norm_eps,
+                       rope_theta=rope_theta(config),
                        num_attention_heads=config.num_attention_heads,
                        num_key_value_heads=config.num_key_value_heads,
                        num_hidden_layers=config.num_hidden_layers,
@@ -200,10 +224,10 @@ def pairs_together(x, heads):
 
 def llama3_factors(config, dim):
     """What the plain frequencies are divided by."""
-    s = config.rope_scaling
+    s = rope_scaling(config)
     out = []
     for i in range(dim // 2):
-        wave = 2 * np.pi * config.rope_theta ** (2 * i / dim)
+        wave = 2 * np.pi * rope_theta(config) ** (2 * i / dim)
         near = s["original_max_position_embeddings"] / wave
         t = (near - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         t = min(1, max(0, t))
@@ -224,12 +248,12 @@ def write_gguf(path, model, config, dim):
     w.add_key_length(dim)
     w.add_value_length(dim)
     w.add_layer_norm_rms_eps(config.rms_norm_eps)
-    w.add_rope_freq_base(config.rope_theta)
+    w.add_rope_freq_base(rope_theta(config))
     rotated = int(dim * getattr(config, "partial_rotary_factor", 1))
     w.add_rope_dimension_count(rotated)
     if getattr(config, "sliding_window", None):
         w.add_sliding_window(config.sliding_window)
-    scaling = getattr(config, "rope_scaling", None) or {}
+    scaling = rope_scaling(config) or {}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "llama3":
         w.add_tensor("rope_freqs.weight", llama3_factors(config, dim))
@@ -265,9 +289,12 @@ def write_gguf(path, model, config, dim):
 
 def main():
     out, small = sys.argv[1], "--small" in sys.argv
+    wanted = [a for a in sys.argv[2:] if a != "--small"]
     os.makedirs(out, exist_ok=True)
     vocab = 96 if small else 288
     for seed, (name, case) in enumerate((SMALL if small else FULL).items()):
+        if wanted and name not in wanted:
+            continue
         folder = os.path.join(out, name)
         shutil.rmtree(folder, ignore_errors=True)
         # f16 and bf16 are stored as such: the numbers compared are those of the rounded weights

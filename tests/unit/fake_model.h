@@ -56,6 +56,33 @@ static inline struct model fake_model(void)
     };
 }
 
+enum { FAKE_WINDOW = 48 };
+
+static const uint32_t fake_every_second[FAKE_LAYERS] = {FAKE_WINDOW, 0, FAKE_WINDOW, 0,
+                                                        FAKE_WINDOW, 0, FAKE_WINDOW, 0};
+
+/* Every second layer slides. */
+static inline struct model fake_sliding_model(void)
+{
+    struct model m = fake_model();
+
+    m.p.sliding = fake_every_second;
+    return m;
+}
+
+/* Everything that architectures differ in, at once. */
+static inline struct model fake_rich_model(void)
+{
+    static double freq[FAKE_HEAD_DIM / 2];
+    struct model m = fake_sliding_model();
+
+    rope_plain(500, 20, freq);
+    m.p.rope_dims = 20;
+    m.p.rope = (struct rope){freq, 1.25};
+    m.p.has_qkv_bias = m.p.has_qk_norm = true;
+    return m;
+}
+
 const struct model_params *model_params(const struct model *m)
 {
     return &m->p;

@@ -1,44 +1,11 @@
 /* Backend `cuda` on a device that is host memory (tests/cuda): what it computes against `ref`, what
  * it keeps where, how weights stream, and how every failure of the device is told. */
-#include "testlib.h"
-
-#include <math.h>
+#include "cuda_fixture.h"
 
 #include "engine.h"
-#include "fake_device.h"
-#include "fake_model.h"
-#include "half.h"
 #include "packed.h"
 
 enum { N = 100 };
-
-static struct backend *open_cuda(const struct model *m, enum kv_dtype dtype)
-{
-    struct backend_opts o = {.dtype = dtype, .n_threads = 2};
-    struct backend *b = NULL;
-    struct larder_err e = {0, ""};
-
-    if (backend_cuda.open(&b, m, &o, &e))
-        fail_msg("%s", e.msg);
-    cuda_of(b)->poison = true;
-    return b;
-}
-
-static struct backend *open_ref(const struct model *m)
-{
-    struct backend_opts o = {.dtype = KV_F32, .n_threads = 2};
-    struct backend *b = NULL;
-
-    assert_int_equal(backend_ref.open(&b, m, &o, NULL), 0);
-    return b;
-}
-
-static void close_clean(struct backend *b)
-{
-    b->ops->close(b);
-    assert_int_equal(fake.n_live, 0);
-    assert_int_equal(fake.used, 0);
-}
 
 /* ---- whole prefills */
 
@@ -88,12 +55,11 @@ static int prefill(struct backend *b, const char *policy, uint32_t n, struct row
 
 static struct rows want_rows, got_rows;
 
-static void check_policy(const char *policy)
+static void check_policy_of(const struct model *m, const char *policy)
 {
-    struct model m = fake_model();
     struct engine_result want = {0}, got = {0};
     struct larder_err e = {0, ""};
-    struct backend *ref = open_ref(&m), *b = open_cuda(&m, KV_F32);
+    struct backend *ref = open_ref(m), *b = open_cuda(m, KV_F32);
 
     if (prefill(ref, policy, N, &want_rows, &want, &e))
         fail_msg("%s: %s", policy, e.msg);
@@ -116,6 +82,13 @@ static void check_policy(const char *policy)
     engine_result_done(&got);
     ref->ops->close(ref);
     close_clean(b);
+}
+
+static void check_policy(const char *policy)
+{
+    struct model m = fake_model();
+
+    check_policy_of(&m, policy);
 }
 
 static void policies_keep_the_rows_that_ref_keeps(void **state)
@@ -142,20 +115,34 @@ static void replays_keep_the_rows_that_ref_keeps(void **state)
     check_policy("kvzip,rows=25%");
 }
 
-static void bf16_stays_near_f32(void **state)
+/* Windows, biases, norms of q and k, partial rotation with a factor. */
+static void models_of_every_kind_keep_the_rows_that_ref_keeps(void **state)
 {
-    struct model m = fake_model();
-    struct engine_result want = {0}, got = {0};
-    struct larder_err e = {0, ""};
-    struct backend *ref = open_ref(&m), *b;
-    double err = 0, all = 0;
+    const char *policies[] = {"full", "snapkv,rows=25%,w=8,pool=3"};
+    struct model m = fake_rich_model();
 
     (void)state;
     fake_reset();
-    b = open_cuda(&m, KV_BF16);
+    for (int i = 0; i < 2; i++)
+        check_policy_of(&m, policies[i]);
+    m.p.sliding = NULL; /* what a window refuses */
+    check_policy_of(&m, "kvzip,rows=25%");
+}
+
+static void check_bf16(const struct model *m)
+{
+    struct engine_result want = {0}, got = {0};
+    struct larder_err e = {0, ""};
+    struct backend *ref = open_ref(m), *b;
+    double err = 0, all = 0;
+
+    fake_reset();
+    b = open_cuda(m, KV_BF16);
     assert_int_equal(prefill(ref, "full", N, &want_rows, &want, &e), 0);
-    assert_int_equal(prefill(b, "full", N, &got_rows, &got, &e), 0);
-    assert_true(fake.kernels[CUDA_ATTEND_MMA] == FAKE_LAYERS && !fake.kernels[CUDA_ATTEND]);
+    if (prefill(b, "full", N, &got_rows, &got, &e))
+        fail_msg("%s", e.msg);
+    assert_int_equal(fake.kernels[CUDA_ATTEND_MMA], FAKE_LAYERS - 1);
+    assert_int_equal(fake.kernels[CUDA_ATTEND], 1); /* one row of the last layer */
     for (int i = 0; i < FAKE_VOCAB; i++) {
         err += pow(want.logits[i] - got.logits[i], 2);
         all += pow(want.logits[i], 2);
@@ -175,6 +162,16 @@ static void bf16_stays_near_f32(void **state)
     engine_result_done(&got);
     ref->ops->close(ref);
     close_clean(b);
+}
+
+static void bf16_stays_near_f32(void **state)
+{
+    struct model m = fake_model();
+
+    (void)state;
+    check_bf16(&m);
+    m = fake_rich_model();
+    check_bf16(&m);
 }
 
 /* ---- residency and streaming */
@@ -225,7 +222,7 @@ static void weights_that_do_not_fit_stream(void **state)
             assert_true(fabsf(want.logits[i] - got.logits[i]) < 1e-3f);
         engine_result_done(&got);
     }
-    assert_int_equal(fake.copy_lane, 2 * FAKE_LAYERS * CUDA_PARTS); /* each layer once a pass */
+    assert_int_equal(fake.copy_lane, 2 * FAKE_LAYERS * 9); /* each layer once a pass */
     assert_true(b->device_peak > 0 && b->device_planned >= b->device_peak);
     engine_result_done(&want);
     ref->ops->close(ref);
@@ -234,7 +231,7 @@ static void weights_that_do_not_fit_stream(void **state)
 
 static void layers_may_be_asked_for_in_any_order(void **state)
 {
-    struct model m = fake_model();
+    struct model m = fake_rich_model();
     const uint32_t order[] = {5, 5, 0, 1, 7, 2, 3, 4, 4, 6};
     struct layer *l, *also;
     struct larder_err e = {0, ""};
@@ -248,7 +245,11 @@ static void layers_may_be_asked_for_in_any_order(void **state)
     for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
         assert_int_equal(b->ops->layer_load(b, order[i], false, &l, &e), 0);
         assert_int_equal(b->ops->layer_load(b, (order[i] + 2) % FAKE_LAYERS, false, &also, &e), 0);
+        assert_true(l->bias && l->q_norm && l->k_norm);
         for (uint32_t j = 0; j < 4; j++) {
+            assert_true(l->k_norm[j] == fake_weight(&m, order[i], MODEL_K_NORM, 0, j));
+            assert_true(l->bias[FAKE_HEADS * FAKE_HEAD_DIM + j] ==
+                        fake_weight(&m, order[i], MODEL_K_BIAS, j, 0));
             assert_true(((float *)l->qkv)[j] == fake_weight(&m, order[i], MODEL_Q, 0, j));
             assert_true(((float *)also->down)[j] ==
                         fake_weight(&m, (order[i] + 2) % FAKE_LAYERS, MODEL_DOWN, 0, j));
@@ -261,12 +262,6 @@ static void layers_may_be_asked_for_in_any_order(void **state)
 }
 
 /* ---- one call at a time, with rows in plain host memory */
-
-static void fill(float *x, size_t n, uint64_t *seed)
-{
-    for (size_t i = 0; i < n; i++)
-        x[i] = test_randf(seed);
-}
 
 static void steps_take_host_memory_as_it_is(void **state)
 {
@@ -313,75 +308,6 @@ static void steps_take_host_memory_as_it_is(void **state)
     NEAR(hidden);
     b[0]->ops->close(b[0]);
     close_clean(b[1]);
-}
-
-static void check_resume(enum kv_dtype stored, bool bias, enum kv_dtype elem)
-{
-    enum { D = FAKE_HEAD_DIM, TAIL = 7, NEW = 3, STRIDE = 9, MOST = 70 };
-    const uint32_t n_past[FAKE_KV_HEADS] = {MOST, 33};
-    static float rows[MOST * D], k[FAKE_KV_HEADS * STRIDE * D], v[FAKE_KV_HEADS * STRIDE * D];
-    static float q[FAKE_HEADS * NEW * D], want[NEW * FAKE_HEADS * D], biases[MOST];
-    static uint16_t kb[FAKE_KV_HEADS * STRIDE * D], vb[FAKE_KV_HEADS * STRIDE * D];
-    static uint16_t qb[FAKE_HEADS * NEW * D], got16[NEW * FAKE_HEADS * D];
-    static float got[NEW * FAKE_HEADS * D];
-    static uint8_t tile[FAKE_KV_HEADS][2][MOST * D * 4];
-    struct past_rows past[FAKE_KV_HEADS];
-    struct resume r = {q, k, v, NEW, TAIL, NEW, STRIDE, past, want, 0, 0};
-    struct model m = fake_model();
-    struct backend *ref = open_ref(&m), *b = open_cuda(&m, elem);
-    struct larder_err e = {0, ""};
-    uint64_t seed = 31;
-
-    fill(biases, MOST, &seed);
-    for (uint32_t g = 0; g < FAKE_KV_HEADS; g++) {
-        past[g] = (struct past_rows){
-            n_past[g], stored, tile[g][0], tile[g][1], bias && !g ? biases : NULL, NULL};
-        for (int i = 0; i < 2; i++) {
-            fill(rows, MOST * D, &seed);
-            if (stored == KV_F32)
-                memcpy(tile[g][i], rows, sizeof rows);
-            else if (stored == KV_BF16)
-                dequant_round_bf16(rows, MOST * D, (uint16_t *)(void *)tile[g][i]);
-            else if (!i)
-                packed_from_k(stored, rows, n_past[g], D, tile[g][i]);
-            else
-                packed_from_v(stored, rows, n_past[g], D, tile[g][i]);
-        }
-    }
-    fill(q, FAKE_HEADS * NEW * D, &seed);
-    fill(k, FAKE_KV_HEADS * STRIDE * D, &seed);
-    fill(v, FAKE_KV_HEADS * STRIDE * D, &seed);
-    assert_int_equal(ref->ops->resume(ref, &r, &e), 0);
-    if (elem == KV_BF16) {
-        dequant_round_bf16(q, FAKE_HEADS * NEW * D, qb);
-        dequant_round_bf16(k, FAKE_KV_HEADS * STRIDE * D, kb);
-        dequant_round_bf16(v, FAKE_KV_HEADS * STRIDE * D, vb);
-        r = (struct resume){qb, kb, vb, NEW, TAIL, NEW, STRIDE, past, got16, 0, 0};
-    } else {
-        r.o = got;
-    }
-    if (b->ops->resume(b, &r, &e))
-        fail_msg("%s", e.msg);
-    for (size_t i = 0; i < NEW * FAKE_HEADS * D; i++) {
-        float x = elem == KV_BF16 ? bf16_to_f32(got16[i]) : got[i];
-
-        if (!(fabsf(x - want[i]) < (elem == KV_BF16 ? 2e-2f : 1e-5f)))
-            fail_msg("stored %d, bias %d, elements %d: %g, not %g", stored, bias, elem, x, want[i]);
-    }
-    ref->ops->close(ref);
-    close_clean(b);
-}
-
-static void resume_reads_every_stored_type(void **state)
-{
-    const enum kv_dtype stored[] = {KV_F32, KV_BF16, KV_INT8, KV_INT4};
-
-    (void)state;
-    fake_reset();
-    for (int i = 0; i < 8; i++) {
-        check_resume(stored[i / 2], i % 2, KV_F32);
-        check_resume(stored[i / 2], i % 2, KV_BF16);
-    }
 }
 
 static void logits_are_the_same_from_slices_and_from_a_kept_matrix(void **state)
@@ -467,7 +393,6 @@ static void expect_refusal(const struct model *m, int code, const char *part)
 
 static void what_cannot_be_done_is_said_at_the_start(void **state)
 {
-    static const uint32_t sliding[FAKE_LAYERS] = {8};
     struct model m = fake_model();
 
     (void)state;
@@ -480,17 +405,6 @@ static void what_cannot_be_done_is_said_at_the_start(void **state)
     fake.info.minor = 5;
     expect_refusal(&m, LARDER_EBACKEND, "compute capability 7.5");
     fake_reset();
-    m.p.has_qkv_bias = true;
-    expect_refusal(&m, LARDER_EUNSUPPORTED, "biases of q, k and v");
-    m = fake_model();
-    m.p.has_qk_norm = true;
-    expect_refusal(&m, LARDER_EUNSUPPORTED, "norms of q and k");
-    m = fake_model();
-    m.p.sliding = sliding;
-    expect_refusal(&m, LARDER_EUNSUPPORTED, "sliding windows");
-    m = fake_model();
-    m.p.rope.factor = 1.2;
-    expect_refusal(&m, LARDER_EUNSUPPORTED, "attention factors");
     m = fake_model();
     m.p.geom.head_dim = m.p.rope_dims = 512;
     expect_refusal(&m, LARDER_EUNSUPPORTED, "heads of 512");
@@ -498,6 +412,9 @@ static void what_cannot_be_done_is_said_at_the_start(void **state)
     fake.info.shared_max = 1024;
     m = fake_model();
     expect_refusal(&m, LARDER_EBACKEND, "shared memory");
+    fake.info.shared_max = 64 << 10; /* the kernel on tensor cores takes more */
+    m.p.geom.head_dim = m.p.rope_dims = 128;
+    expect_refusal(&m, LARDER_EBACKEND, "heads of 128 elements need 87040");
 }
 
 static void a_document_that_does_not_fit_is_refused_with_its_plan(void **state)
@@ -522,13 +439,14 @@ static void every_failure_of_the_device_ends_the_job_cleanly(void **state)
 {
     const enum fake_call calls[] = {FAKE_ALLOC, FAKE_PIN,  FAKE_COPY, FAKE_ZERO,
                                     FAKE_WAIT,  FAKE_SYNC, FAKE_GEMM, FAKE_LAUNCH};
-    const char *policy = "asl,w=8,pool=3,lmin=3,lobs=3,rows=50%,select=12";
+    const char *policy = "asl,w=8,pool=3,lmin=2,lobs=2,rows=50%,select=12";
     struct model m = fake_model();
     struct larder_err e = {0, ""};
 
     (void)state;
+    m.p.geom.n_layers = 4;
     for (size_t c = 0; c < sizeof calls / sizeof *calls; c++)
-        for (long at = 1;; at += calls[c] == FAKE_ALLOC ? 1 : 1 + at) {
+        for (long at = 1;; at += 1 + (calls[c] == FAKE_ALLOC ? at / 16 : at)) {
             struct engine_result r = {0};
             struct backend *b;
             int rc;
@@ -560,11 +478,6 @@ static void every_failure_of_the_device_ends_the_job_cleanly(void **state)
         }
 }
 
-static bool count_down(void *arg)
-{
-    return test_fail_nth(arg);
-}
-
 static void host_memory_that_is_out_is_an_error(void **state)
 {
     struct model m = fake_model();
@@ -579,7 +492,7 @@ static void host_memory_that_is_out_is_an_error(void **state)
         int rc;
 
         fake_reset();
-        mem_set_hook(count_down, &left);
+        mem_set_hook(cuda_count_down, &left);
         rc = backend_cuda.open(&b, &m, &o, &e);
         if (!rc)
             rc = prefill(b, "full", 9, &got_rows, &r, &e);
@@ -615,7 +528,8 @@ static void the_plan_of_a_large_model(void **state)
     assert_int_equal(a.hidden, 131072ull * 4096 * 4);
     assert_int_equal(a.kv, 131072ull * 2 * (4096 + 1024) * 2);
     assert_int_equal(a.weights, (130ull + 2 * 436) << 20);
-    assert_int_equal(a.total, a.hidden + a.kv + a.weights + a.workspace);
+    assert_int_equal(a.chosen, 131072ull * (2 * 1024 * 2 + 40 + 8 * 12));
+    assert_int_equal(a.total, a.hidden + a.kv + a.weights + a.workspace + a.chosen);
     b = cuda_plan_rows(&p, &w, KV_BF16, true, 131072);
     assert_int_equal(b.total - a.total, (30 * 436ull + 1002) << 20);
     assert_true(a.workspace < 2ull << 30);
@@ -630,8 +544,8 @@ static void the_plan_of_a_large_model(void **state)
 static void grids_cover_every_row_and_stay_within_limits(void **state)
 {
     struct cuda_attend_args a = {
-        .n_heads = 32, .group = 4, .d = 128, .n_rows = 131073, .n_tail = 131073};
-    struct cuda_launch l = cuda_grid_attend(&a, true, false);
+        .n_heads = 32, .group = 4, .d = 128, .n_rows = 131073, .n_tail = 131073, .n_splits = 1};
+    struct cuda_launch l = cuda_grid_attend(&a, true, true);
     struct cuda_window_args w = {.n = 131072, .w = 33, .d = 128, .n_batch = 2};
 
     (void)state;
@@ -639,11 +553,20 @@ static void grids_cover_every_row_and_stay_within_limits(void **state)
     assert_int_equal(l.grid[1], 32);
     assert_int_equal(l.shared, 320 * 136 * 2);
     a.d = CUDA_MAX_HEAD_DIM;
-    l = cuda_grid_attend(&a, false, false);
+    l = cuda_grid_attend(&a, false, true);
     assert_int_equal(l.kernel, CUDA_ATTEND);
+    assert_true(l.grid[0] == 131073 * 4 / 16 + 1 && l.grid[1] == 8);
     assert_true(l.shared <= 99 << 10); /* what compute capability 8.6 and 12.0 give a block */
     a.n_rows = a.row0 = 5;
-    assert_int_equal(cuda_grid_attend(&a, false, false).grid[0], 0);
+    assert_int_equal(cuda_grid_attend(&a, false, true).grid[0], 0);
+    assert_int_equal(cuda_attend_splits(&a, 5), 1);
+    a.row0 = 4; /* one row: 8 KV heads, a block each */
+    assert_int_equal(cuda_attend_splits(&a, 100000), 32);
+    assert_int_equal(cuda_attend_splits(&a, 700), 3);
+    assert_int_equal(cuda_attend_splits(&a, 1), 1);
+    a.row0 = 0;
+    a.n_rows = 1000; /* 250 blocks for each of 8 heads */
+    assert_int_equal(cuda_attend_splits(&a, 100000), 1);
     l = cuda_grid_window(CUDA_WINDOW_LOGITS, true, &w);
     assert_true(l.grid[0] == 2048 && l.grid[1] == 3 && l.grid[2] == 2);
     l = cuda_grid_window(CUDA_WINDOW_MASS, true, &w);
@@ -659,12 +582,12 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(policies_keep_the_rows_that_ref_keeps),
         cmocka_unit_test(replays_keep_the_rows_that_ref_keeps),
+        cmocka_unit_test(models_of_every_kind_keep_the_rows_that_ref_keeps),
         cmocka_unit_test(bf16_stays_near_f32),
         cmocka_unit_test(weights_that_fit_are_read_once),
         cmocka_unit_test(weights_that_do_not_fit_stream),
         cmocka_unit_test(layers_may_be_asked_for_in_any_order),
         cmocka_unit_test(steps_take_host_memory_as_it_is),
-        cmocka_unit_test(resume_reads_every_stored_type),
         cmocka_unit_test(logits_are_the_same_from_slices_and_from_a_kept_matrix),
         cmocka_unit_test(a_buffer_is_copied_only_when_the_other_side_changed_it),
         cmocka_unit_test(what_cannot_be_done_is_said_at_the_start),

@@ -5,29 +5,7 @@
 #include "decode.h"
 #include "engine_fixture.h"
 
-enum { Q = 7, LONG = 40, WINDOW = 48 };
-
-static const uint32_t every_second[FAKE_LAYERS] = {WINDOW, 0, WINDOW, 0, WINDOW, 0, WINDOW, 0};
-
-static struct model sliding_model(void)
-{
-    struct model m = fake_model();
-
-    m.p.sliding = every_second;
-    return m;
-}
-
-static struct model rich_model(void)
-{
-    static double freq[FAKE_HEAD_DIM / 2];
-    struct model m = sliding_model();
-
-    rope_plain(500, 20, freq);
-    m.p.rope_dims = 20;
-    m.p.rope = (struct rope){freq, 1.25};
-    m.p.has_qkv_bias = m.p.has_qk_norm = true;
-    return m;
-}
+enum { Q = 7, LONG = 40, WINDOW = FAKE_WINDOW };
 
 static void as_past(const struct outcome *o, struct past_rows *past)
 {
@@ -59,7 +37,7 @@ static void ask(struct backend *b, const struct outcome *o, const uint32_t *ids,
 /* A long question has rows that see none of the document in the layers that slide. */
 static void resuming_equals_one_long_prefill(void **state)
 {
-    const struct model models[] = {fake_model(), sliding_model(), rich_model()};
+    const struct model models[] = {fake_model(), fake_sliding_model(), fake_rich_model()};
     const uint32_t lengths[] = {Q, LONG, WINDOW + 20}, steps[] = {1, 5, 1000};
 
     (void)state;
@@ -120,7 +98,7 @@ static void rows_out_of_the_window_are_not_seen(void **state)
 
 static void rows_without_positions_are_refused(void **state)
 {
-    struct model m = sliding_model();
+    struct model m = fake_sliding_model();
     struct outcome o = run(&m, N, "full");
     struct backend *b = open_backend(&m, 1);
     struct past_rows past[HEADS];
@@ -211,14 +189,14 @@ static void rows_that_no_question_can_see_are_not_kept(void **state)
                               "criticalkv,rows=30,w=8",
                               "snapkv,rows=30,w=8,shape=global",
                               "full,precision=int4"};
-    struct model m = sliding_model();
+    struct model m = fake_sliding_model();
 
     (void)state;
     for (size_t p = 0; p < sizeof policies / sizeof policies[0]; p++) {
         struct outcome o = run(&m, N, policies[p]);
 
         for (int i = 0; i < HEADS; i++) {
-            bool slides = every_second[i / FAKE_KV_HEADS];
+            bool slides = fake_every_second[i / FAKE_KV_HEADS];
 
             assert_true(o.head[i].n_rows > 0);
             if (slides)
@@ -235,7 +213,7 @@ static void a_budget_is_not_spent_on_rows_out_of_sight(void **state)
 {
     const char *policies[] = {"snapkv,rows=30,w=8", "knorm,rows=30,sink=0",
                               "keydiff,rows=30,sink=0"};
-    struct model m = sliding_model();
+    struct model m = fake_sliding_model();
 
     (void)state;
     for (int p = 0; p < 3; p++) {
@@ -256,7 +234,7 @@ static void what_means_nothing_in_a_window_is_refused(void **state)
                               "pyramidinfer",
                               "kvzip,rows=50%,chunk=64",
                               "matching,rows=50%,shape=uniform,chunk=64"};
-    struct model m = sliding_model();
+    struct model m = fake_sliding_model();
 
     (void)state;
     for (size_t p = 0; p < sizeof policies / sizeof policies[0]; p++) {
@@ -272,7 +250,7 @@ static void what_means_nothing_in_a_window_is_refused(void **state)
 static void a_document_within_the_window_is_an_ordinary_one(void **state)
 {
     const char *policies[] = {ASL ",rows=15,select=20", "kvzip,rows=50%,chunk=16", "full"};
-    struct model m = sliding_model(), plain = fake_model();
+    struct model m = fake_sliding_model(), plain = fake_model();
 
     (void)state;
     for (int p = 0; p < 3; p++) {
@@ -290,7 +268,7 @@ static void a_document_within_the_window_is_an_ordinary_one(void **state)
 
 static void threads_do_not_change_a_result(void **state)
 {
-    struct model m = rich_model();
+    struct model m = fake_rich_model();
     struct outcome one = {0}, three = {0};
     uint32_t ids[N];
 
@@ -320,7 +298,7 @@ static void every_variant_changes_the_answer(void **state)
     plain = run(&m[0], N, "full");
     m[1].p.has_qkv_bias = true;
     m[2].p.has_qk_norm = true;
-    m[3].p.sliding = every_second;
+    m[3].p.sliding = fake_every_second;
     m[4].p.rope.factor = 1.2;
     m[5].p.rope_dims = 20;
     for (int i = 1; i < 6; i++) {

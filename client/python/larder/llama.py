@@ -1,6 +1,7 @@
 """Caches for llama.cpp through llama-cpp-python: load(cache, llm) puts one into its memory.
 
     larder.llama.load(cache, llm)
+    question_ids = larder.llama.question(cache, llm, cache.text + "And why?")
     answer = llm.create_completion(cache.prompt(question_ids).tolist(), max_tokens=64)
 
 The one idea: llama.cpp takes a sequence's state as bytes (llama_state_seq_set_data). Its cells are
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from .cache import Cache
 from .errors import InternalError, Unsupported
-from .models import check_geometry, check_keys, check_weights
+from .models import check_geometry, check_keys, check_weights, rest_of_prompt
 
 ELEMENTS = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # by ggml's numbers of types
 SEQUENCE = 0
@@ -233,6 +234,11 @@ def _check_shape(cache: Cache, context: _Context) -> None:
     check_geometry(cache, {"n_layers": context.n_layers, "n_heads": context.n_heads,
                            "n_kv_heads": context.n_kv_heads, "n_vocab": llm.n_vocab()},
                    min(llm.n_ctx(), llama_cpp.llama_model_n_ctx_train(llm.model)))
+    for key, window in (llm.metadata or {}).items():
+        if key.endswith(".attention.sliding_window") and 0 < int(window) < llm.n_ctx():
+            raise Unsupported("the model has sliding windows of %s positions, which llama.cpp does "
+                              "not keep as this cache needs it: open it with n_ctx of at most %s, "
+                              "or use larder.hf" % (window, window))
     if cache.rectangular and cache.n_rows.min() > 0:
         return
     what = ("from %d to %d rows a head" % (cache.n_rows.min(), cache.n_rows.max()) +
@@ -263,3 +269,15 @@ def load(cache: Cache, llm: llama_cpp.Llama, *, weights: Optional[str] = None) -
     context.restore(_write(like, cache.next_pos - len(k[0]), k, v))
     llm.input_ids[:cache.next_pos] = cache.prompt([])
     llm.n_tokens = cache.next_pos
+
+
+def question(cache: Cache, llm: llama_cpp.Llama, prompt: str) -> list[int]:
+    """Token ids of what a prompt, as the model's template renders document and question, says
+    behind the cache's document.
+
+    ModelMismatch: the tokenizer is another than the cache's, or the prompt begins otherwise.
+    """
+    def read(ids: list[int]) -> str:
+        return llm.detokenize(ids, special=True).decode("utf-8", "replace")
+    rest = rest_of_prompt(cache, prompt, read)
+    return llm.tokenize(rest.encode(), add_bos=False, special=True)

@@ -1,8 +1,10 @@
-"""Is a cache of this model? What the adapters ask before they hand it over.
+"""Is a cache of this model, tokenizer and template? What the adapters ask before they hand it over.
 
 The one idea: besides the geometry, the keys themselves are compared. Keys of layer 0 depend on a
 token, its position and the model's weights and RoPE alone, so a decoder can compute a few of them
-again without the document; those of another model, or with another RoPE, come out differently.
+again without the document; those of another model, or with another RoPE, come out differently. A
+tokenizer has to read the document's tokens as the document, and a prompt to begin with it as the
+template rendered it then.
 """
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .cache import Cache
-from .errors import ModelMismatch
+from .errors import InvalidArgument, ModelMismatch
 
 ROWS_COMPARED = 2  # at either end of a head
 # Mean squared difference over mean square. Measured (SmolLM2-135M, 724 tokens, transformers, f32):
 # 3e-6 for bf16 rows, 5e-4 for int4 ones; with a RoPE base of 1e4 in place of 1e5 from 0.47 on.
 MOST_DIFFERENT = 0.05
+SHOWN = 24  # characters of a difference
 
 
 def fingerprint(path: Union[str, "os.PathLike[str]"]) -> str:
@@ -78,3 +81,30 @@ def check_keys(cache: Cache, keys_of: Callable[[npt.NDArray[np.int64], npt.NDArr
         raise ModelMismatch("the cache is another model's: the keys that this model computes for "
                             "its tokens and positions differ by %.2g of their mean square (other "
                             "weights, or another RoPE)" % off)
+
+
+def _difference(mine: str, stored: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(mine, stored)) if a != b),
+              min(len(mine), len(stored)))
+    return "from character %d on it is %r, and was stored as %r" % (
+        at, mine[at:at + SHOWN], stored[at:at + SHOWN])
+
+
+def rest_of_prompt(cache: Cache, prompt: str, read: Callable[[list[int]], str]) -> str:
+    """What a prompt says behind the cache's document.
+
+    read(ids) is the text of token ids, special tokens and all, as the decoder's tokenizer has it.
+    ModelMismatch: it does not read the document's tokens as the document (another tokenizer), or
+    the prompt begins otherwise (another document or template).
+    """
+    ids, text = cache.tokens.tolist(), cache.text
+    whole = read(ids)  # a first token may stand for no text, and a first space for none of it
+    if text.lstrip(" ") not in (whole.lstrip(" "), read(ids[1:]).lstrip(" ")):
+        raise ModelMismatch("the cache is another tokenizer's, which reads the document's tokens "
+                            "otherwise: " + _difference(whole, text))
+    if not prompt.startswith(text):
+        raise ModelMismatch("the prompt does not begin with the document as its template rendered "
+                            "it: " + _difference(prompt, text))
+    if len(prompt) == len(text):
+        raise InvalidArgument("the prompt ends with the document: there is no question")
+    return prompt[len(text):]
