@@ -21,6 +21,7 @@
 #define MAX_CHUNKS 16u /* of the stored rows of a head */
 
 #define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#define BODY static inline __attribute__((always_inline))
 
 typedef uint32_t half_bits __attribute__((vector_size(32)));
 typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
@@ -28,8 +29,7 @@ typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias
 /* ---- keys to panels */
 
 /* Eight elements of row j at column c; zeros for a row that is not there. */
-static inline __attribute__((always_inline)) void load8(const void *rows, enum kv_dtype t,
-                                                        uint64_t at, half_lanes *out)
+BODY void load8(const void *rows, enum kv_dtype t, uint64_t at, half_lanes *out)
 {
     if (t == KV_F32)
         *out = *(const half_lanes *)((const float *)rows + at);
@@ -40,8 +40,8 @@ static inline __attribute__((always_inline)) void load8(const void *rows, enum k
 }
 
 /* n <= 8 rows to half a panel: columns `to` .. `to` + 7 of it. */
-static inline __attribute__((always_inline)) void
-half_panel(const void *rows, enum kv_dtype t, uint64_t at, uint32_t n, uint32_t d, float *to)
+BODY void half_panel(const void *rows, enum kv_dtype t, uint64_t at, uint32_t n, uint32_t d,
+                     float *to)
 {
     uint32_t c = 0;
 
@@ -71,24 +71,24 @@ half_panel(const void *rows, enum kv_dtype t, uint64_t at, uint32_t n, uint32_t 
         }
 }
 
-FAST static void panels_f32(const float *rows, uint64_t at, uint32_t n, uint32_t d, float *to)
+BODY void panels(const void *rows, enum kv_dtype t, uint64_t at, uint32_t n, uint32_t d, float *to)
 {
-    for (uint32_t j = 0; j < mul_padded(n); j += TURN)
-        half_panel(rows, KV_F32, at + (uint64_t)j * d,
-                   j >= n         ? 0
-                   : n - j < TURN ? n - j
-                                  : TURN,
-                   d, to + (uint64_t)(j / MUL_WIDE) * MUL_WIDE * d + j % MUL_WIDE);
+    for (uint32_t j = 0; j < mul_padded(n); j += TURN) {
+        uint32_t left = j < n ? n - j : 0;
+
+        half_panel(rows, t, at + (uint64_t)j * d, left < TURN ? left : TURN, d,
+                   to + (uint64_t)(j / MUL_WIDE) * MUL_WIDE * d + j % MUL_WIDE);
+    }
 }
 
-FAST static void panels_bf16(const uint16_t *rows, uint64_t at, uint32_t n, uint32_t d, float *to)
+FAST static void panels_f32(const void *rows, uint64_t at, uint32_t n, uint32_t d, float *to)
 {
-    for (uint32_t j = 0; j < mul_padded(n); j += TURN)
-        half_panel(rows, KV_BF16, at + (uint64_t)j * d,
-                   j >= n         ? 0
-                   : n - j < TURN ? n - j
-                                  : TURN,
-                   d, to + (uint64_t)(j / MUL_WIDE) * MUL_WIDE * d + j % MUL_WIDE);
+    panels(rows, KV_F32, at, n, d, to);
+}
+
+FAST static void panels_bf16(const void *rows, uint64_t at, uint32_t n, uint32_t d, float *to)
+{
+    panels(rows, KV_BF16, at, n, d, to);
 }
 
 /* ---- chunks */

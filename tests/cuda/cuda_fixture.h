@@ -10,25 +10,28 @@
 #include "fake_model.h"
 #include "half.h"
 
-static inline struct backend *open_cuda(const struct model *m, enum kv_dtype dtype)
+static inline struct backend *open_on(const struct backend_ops *ops, const struct model *m,
+                                      enum kv_dtype dtype)
 {
     struct backend_opts o = {.dtype = dtype, .n_threads = 2};
     struct backend *b = NULL;
     struct larder_err e = {0, ""};
 
-    if (backend_cuda.open(&b, m, &o, &e))
+    if (ops->open(&b, m, &o, &e))
         fail_msg("%s", e.msg);
-    cuda_of(b)->poison = true;
+    if (ops == &backend_cuda)
+        cuda_of(b)->poison = true;
     return b;
+}
+
+static inline struct backend *open_cuda(const struct model *m, enum kv_dtype dtype)
+{
+    return open_on(&backend_cuda, m, dtype);
 }
 
 static inline struct backend *open_ref(const struct model *m)
 {
-    struct backend_opts o = {.dtype = KV_F32, .n_threads = 2};
-    struct backend *b = NULL;
-
-    assert_int_equal(backend_ref.open(&b, m, &o, NULL), 0);
-    return b;
+    return open_on(&backend_ref, m, KV_F32);
 }
 
 static inline void close_clean(struct backend *b)

@@ -4,33 +4,12 @@
 
 #include <math.h>
 
+#include "cuda_fixture.h"
 #include "engine.h"
-#include "fake_device.h"
-#include "fake_model.h"
 #include "select.h"
 #include "select_ops.h"
 
 enum { N = 90, D = FAKE_HEAD_DIM, KV = FAKE_KV_HEADS, ROW = D * 4 };
-
-static struct backend *open_on(const struct backend_ops *ops, const struct model *m)
-{
-    struct backend_opts o = {.dtype = KV_F32, .n_threads = 2};
-    struct backend *b = NULL;
-    struct larder_err e = {0, ""};
-
-    if (ops->open(&b, m, &o, &e))
-        fail_msg("%s", e.msg);
-    if (ops == &backend_cuda)
-        cuda_of(b)->poison = true;
-    return b;
-}
-
-static void close_clean(struct backend *b)
-{
-    b->ops->close(b);
-    assert_int_equal(fake.n_live, 0);
-    assert_int_equal(fake.used, 0);
-}
 
 /* ---- whole prefills */
 
@@ -127,7 +106,8 @@ static void check_policy(const char *policy)
     struct model m = fake_model();
     struct engine_result w = {0}, g = {0};
     struct larder_err e = {0, ""};
-    struct backend *ref = open_on(&backend_ref, &m), *b = open_on(&backend_cuda, &m);
+    struct backend *ref = open_on(&backend_ref, &m, KV_F32),
+                   *b = open_on(&backend_cuda, &m, KV_F32);
 
     memset(&want, 0, sizeof want);
     memset(&got, 0, sizeof got);
@@ -181,11 +161,11 @@ static void policies_of_one_pass_keep_their_own_rows(void **state)
     struct model m = fake_model();
     struct engine_result r[3] = {{0}};
     struct larder_err e = {0, ""};
-    struct backend *ref = open_on(&backend_ref, &m), *b;
+    struct backend *ref = open_on(&backend_ref, &m, KV_F32), *b;
 
     (void)state;
     fake_reset();
-    b = open_on(&backend_cuda, &m);
+    b = open_on(&backend_cuda, &m, KV_F32);
     must(prefill_each(b, policy, 3, each, r, &e), "all", &e);
     for (int i = 0; i < 3; i++) {
         struct engine_result w = {0};
@@ -218,7 +198,7 @@ static uint64_t copied(const char *policy, struct engine_result *r)
     struct backend *b;
 
     fake_reset();
-    b = open_on(&backend_cuda, &m);
+    b = open_on(&backend_cuda, &m, KV_F32);
     memset(&got, 0, sizeof got);
     must(prefill(b, policy, &got, r, &e), policy, &e);
     close_clean(b);
@@ -272,7 +252,7 @@ static void calls_take_host_memory_as_it_is(void **state)
 
     (void)state;
     fake_reset();
-    b = open_on(&backend_cuda, &m);
+    b = open_on(&backend_cuda, &m, KV_F32);
     for (int l = 0; l < LAYERS; l++) {
         for (int i = 0; i < HEADS * LD; i++)
             score[i] = test_randf(&seed);
@@ -315,7 +295,7 @@ static void what_leaves_is_there_when_it_is_looked_at(void **state)
 
     (void)state;
     fake_reset();
-    b = open_on(&backend_cuda, &m);
+    b = open_on(&backend_cuda, &m, KV_F32);
     from = backend_buffer_new(b, 16, sizeof *from);
     to = backend_staging_new(b, 16, sizeof *to);
     assert_true(to[0] == 0 && to[15] == 0);
@@ -369,7 +349,7 @@ static void scores_that_are_not_finite_end_the_job(void **state)
 
         fake_reset();
         m.nan_layer = 2;
-        b = open_on(&backend_cuda, &m);
+        b = open_on(&backend_cuda, &m, KV_F32);
         assert_int_equal(prefill(b, policy[i], &got, &r, &e), LARDER_ENUMERIC);
         if (!strstr(e.msg, "is not finite; nothing was kept"))
             fail_msg("%s", e.msg);

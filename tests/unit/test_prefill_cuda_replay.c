@@ -4,34 +4,12 @@
 
 #include <math.h>
 
+#include "cuda_fixture.h"
 #include "engine.h"
-#include "fake_device.h"
-#include "fake_model.h"
 #include "half.h"
 #include "match.h"
 #include "recall.h"
 #include "select_ops.h"
-
-static struct backend *open_on(const struct backend_ops *ops, const struct model *m,
-                               enum kv_dtype dtype)
-{
-    struct backend_opts o = {.dtype = dtype, .n_threads = 2};
-    struct backend *b = NULL;
-    struct larder_err e = {0, ""};
-
-    if (ops->open(&b, m, &o, &e))
-        fail_msg("%s", e.msg);
-    if (ops == &backend_cuda)
-        cuda_of(b)->poison = true;
-    return b;
-}
-
-static void close_clean(struct backend *b)
-{
-    b->ops->close(b);
-    assert_int_equal(fake.n_live, 0);
-    assert_int_equal(fake.used, 0);
-}
 
 /* ---- one layer's rows */
 
