@@ -20,16 +20,7 @@ model smollm2 {
 CONF
 }
 
-starts() {
-    "$build/larderd" --config "$dir/conf" 2>>"$dir/log" &
-    pid=$!
-    for _ in $(seq 1 300); do
-        larder status >/dev/null 2>&1 && return 0
-        kill -0 "$pid" 2>/dev/null || return 1
-        sleep 0.1
-    done
-    return 1
-}
+starts() { launch_daemon --config "$dir/conf"; }
 
 refused() { # TEMPLATE TEXT: the daemon does not start and says so
     config "$1"

@@ -47,16 +47,7 @@ chmod +x "$dir/empty/larder-prefill-cuda"
 claim "without a device it does not start, and nothing else computes" refuses "no usable CUDA device"
 
 config "$PWD/$build/shim/larder-prefill"
-starts() {
-    "$build/larderd" --config "$dir/conf" 2>>"$dir/log" &
-    pid=$!
-    for _ in $(seq 1 300); do
-        larder status >/dev/null 2>&1 && return 0
-        kill -0 "$pid" 2>/dev/null || return 1
-        sleep 0.1
-    done
-    return 1
-}
+starts() { launch_daemon --config "$dir/conf"; }
 claim "with one it starts" starts
 names_device() {
     larder status | grep -q "fake device, CUDA driver 13.0, .* MiB free" &&

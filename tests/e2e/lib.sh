@@ -30,15 +30,21 @@ finish() {
 trap finish EXIT
 trap 'exit 130' INT TERM
 
-# start_daemon [OPTION...]: returns when the socket answers
-start_daemon() {
-    "$build/larderd" --private "$dir/d" --model "smollm2=$model" "$@" 2>>"$dir/log" &
+# launch_daemon OPTION...: returns when the socket answers, or larderd has ended
+launch_daemon() {
+    "$build/larderd" "$@" 2>>"$dir/log" &
     pid=$!
     for _ in $(seq 1 300); do
         larder status >/dev/null 2>&1 && return 0
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.1
     done
+    return 1
+}
+
+# start_daemon [OPTION...]: a private one with the real model
+start_daemon() {
+    launch_daemon --private "$dir/d" --model "smollm2=$model" "$@" && return 0
     echo "larderd did not start:" >&2
     cat "$dir/log" >&2
     return 1
