@@ -287,6 +287,11 @@ class Client:
         lease, options = Lease(), FetchOptions(packed)
         self._call("larder_fetch_with", _c_string(ref, "the reference"), c.byref(options),
                    self._deadline(timeout), c.byref(lease))
+        try:  # tokens, positions and biases too: Python makes indices of them
+            call("larder_image_check", lease.image.base, lease.image.n_bytes, c.byref(lease.image))
+        except BaseException:
+            self._release(lease)
+            raise
         return Cache(self, lease)
 
     fetch = get  # its name in the C library

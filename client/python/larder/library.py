@@ -111,6 +111,7 @@ _FUNCTIONS = {
     "larder_pin": (c.c_int, [Connection, c.c_char_p, c.c_int, c.c_int, _ERR]),
     "larder_fetch_with": (c.c_int, [Connection, c.c_char_p, c.POINTER(FetchOptions), c.c_int,
                                     c.POINTER(Lease), _ERR]),
+    "larder_image_check": (c.c_int, [c.c_void_p, c.c_uint64, c.POINTER(Image), _ERR]),
     "larder_release": (c.c_int, [Connection, c.POINTER(Lease), c.c_int, _ERR]),
     "larder_image_rows": (Rows, [c.POINTER(Image), c.c_uint32, c.c_uint32]),
     "larder_call": (c.c_int, [Connection, c.c_char_p, c.c_char_p, c.c_int, c.c_void_p,
