@@ -343,7 +343,8 @@ static int report_verify(const struct cli *c, const json_t *answer)
 int cli_verify(struct cli *c, struct larder_err *e)
 {
     /* However long the store takes to read. */
-    struct larder_request q = {FRAME_VERIFY, NULL, -1, verify_event, NULL, -1};
+    struct larder_request q = {
+        .type = FRAME_VERIFY, .fd = -1, .on_event = verify_event, .timeout_ms = -1};
     json_t *answer = NULL;
     int rc = cli_connect(c, e);
 
@@ -412,7 +413,7 @@ static void print_reason(const struct cli *c, const json_t *answer)
 
 int cli_explain(struct cli *c, struct larder_err *e)
 {
-    struct larder_request q = {FRAME_EXPLAIN, NULL, -1, NULL, NULL, CLI_WORK_MS};
+    struct larder_request q = {.type = FRAME_EXPLAIN, .fd = -1, .timeout_ms = CLI_WORK_MS};
     bool file = c->opt[OPT_FILE] || c->opt[OPT_TOKENS_FILE];
     json_t *answer = NULL;
     int rc;

@@ -60,6 +60,7 @@ static void pour_f32(struct sink *s, float f)
 {
     pour(s, &f, sizeof f);
 }
+
 static void pour_i64(struct sink *s, int64_t v)
 {
     pour(s, &v, sizeof v);

@@ -27,6 +27,7 @@ struct larder_request {
     larder_on_event *on_event; /* NULL: an EVENT is a protocol error */
     void *arg;
     int timeout_ms;
+    bool quiet; /* nothing is answered: over once it is sent, and *ret stays as it is */
 };
 
 /* ret_fd NULL: a descriptor that is not a large answer's is a protocol error. */

@@ -109,7 +109,8 @@ static json_t *job_body(uint64_t id)
 int larder_job_get(struct larder *c, uint64_t id, int timeout_ms, struct larder_job *ret,
                    struct larder_err *e)
 {
-    struct larder_request q = {FRAME_JOB, job_body(id), -1, NULL, NULL, timeout_ms};
+    struct larder_request q = {
+        .type = FRAME_JOB, .body = job_body(id), .fd = -1, .timeout_ms = timeout_ms};
 
     return ask_job(c, &q, ret, e);
 }
@@ -117,7 +118,8 @@ int larder_job_get(struct larder *c, uint64_t id, int timeout_ms, struct larder_
 int larder_cancel(struct larder *c, uint64_t id, int timeout_ms, struct larder_job *ret,
                   struct larder_err *e)
 {
-    struct larder_request q = {FRAME_CANCEL, job_body(id), -1, NULL, NULL, timeout_ms};
+    struct larder_request q = {
+        .type = FRAME_CANCEL, .body = job_body(id), .fd = -1, .timeout_ms = timeout_ms};
 
     return ask_job(c, &q, ret, e);
 }
@@ -141,7 +143,12 @@ int larder_watch(struct larder *c, uint64_t id, larder_progress *progress, void 
                  int timeout_ms, struct larder_job *ret, struct larder_err *e)
 {
     struct watcher w = {progress, arg};
-    struct larder_request q = {FRAME_WATCH, job_body(id), -1, watch_event, &w, timeout_ms};
+    struct larder_request q = {.type = FRAME_WATCH,
+                               .body = job_body(id),
+                               .fd = -1,
+                               .on_event = watch_event,
+                               .arg = &w,
+                               .timeout_ms = timeout_ms};
 
     return ask_job(c, &q, ret, e);
 }
@@ -306,7 +313,11 @@ int larder_call(struct larder *c, const char *type, const char *json, int fd_in,
                 struct larder_err *e)
 {
     struct listener l = {event, arg};
-    struct larder_request q = {FRAME_HELLO, NULL, fd_in, call_event, &l, timeout_ms};
+    struct larder_request q = {.type = FRAME_HELLO,
+                               .fd = fd_in,
+                               .on_event = call_event,
+                               .arg = &l,
+                               .timeout_ms = timeout_ms};
     json_t *answer = NULL;
     char *text;
     int fd = -1;

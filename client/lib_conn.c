@@ -204,10 +204,8 @@ static int send_frame(struct larder *c, const struct larder_request *q, const st
 {
     void *packet = NULL;
     size_t len = 0;
-    int rc;
+    int rc = frame_encode(q->type, c->seq, q->body, &packet, &len, e);
 
-    c->seq = c->seq == UINT32_MAX ? 1 : c->seq + 1; /* 0 means: nobody asked */
-    rc = frame_encode(q->type, c->seq, q->body, &packet, &len, e);
     if (rc)
         return rc;
     while ((rc = seqpacket_send(c->fd, packet, len, q->fd, e)) == LARDER_EBUSY) {
@@ -335,7 +333,10 @@ static int exchange(struct larder *c, const struct larder_request *q, json_t **r
     int fd = -1;
     int rc;
 
+    c->seq = c->seq == UINT32_MAX ? 1 : c->seq + 1; /* 0 means: nobody asked */
     rc = send_frame(c, q, &d, e);
+    if (rc || q->quiet)
+        return rc;
     while (!rc) {
         rc = next_answer(c, q, &d, ret_fd != NULL, &f, &fd, e);
         if (rc || f.type != FRAME_EVENT)
@@ -359,23 +360,18 @@ static int exchange(struct larder *c, const struct larder_request *q, json_t **r
     return 0;
 }
 
-/* What both need: a request that could be built, and a connection that is whole. */
-static int check_usable(const struct larder *c, const json_t *body, struct larder_err *e)
-{
-    if (!body)
-        return larder_fail(e, LARDER_ENOMEM, "no memory for a request");
-    return c->broken.code ? larder_fail(e, c->broken.code, "this connection is unusable since: %s",
-                                        c->broken.msg)
-                          : 0;
-}
-
 int larder_ask_json(struct larder *c, const struct larder_request *q, json_t **ret, int *ret_fd,
                     struct larder_err *e)
 {
     struct larder_err mine = {0, ""}; /* breaking needs a message even if the caller does not */
-    int rc = check_usable(c, q->body, &mine);
+    int rc;
 
-    if (!rc)
+    if (!q->body)
+        rc = larder_fail(&mine, LARDER_ENOMEM, "no memory for a request");
+    else if (c->broken.code)
+        rc = larder_fail(&mine, c->broken.code, "this connection is unusable since: %s",
+                         c->broken.msg);
+    else
         rc = exchange(c, q, ret, ret_fd, &mine);
     json_decref(q->body);
     if (rc && e)
@@ -393,24 +389,17 @@ int larder_ask_plain(struct larder *c, enum frame_type type, json_t *body, int t
 
 int larder_let_go(struct larder *c, uint64_t lease, int timeout_ms, struct larder_err *e)
 {
-    struct larder_request q = {.type = FRAME_RELEASE, .fd = -1, .timeout_ms = timeout_ms};
-    struct deadline d = deadline_in(timeout_ms);
-    struct larder_err mine = {0, ""};
+    struct larder_request q = {.type = FRAME_RELEASE,
+                               .body = json_pack("{s:I}", "lease", (json_int_t)lease),
+                               .fd = -1,
+                               .timeout_ms = timeout_ms,
+                               .quiet = c->quiet_release};
     json_t *answer = NULL;
     int rc;
 
-    q.body = json_pack("{s:I}", "lease", (json_int_t)lease);
-    if (!c->quiet_release) {
-        rc = larder_ask_json(c, &q, &answer, NULL, e);
-        json_decref(answer);
-        return rc;
-    }
-    q.body = larder_body_bool(q.body, "quiet", true);
-    rc = check_usable(c, q.body, &mine);
-    if (!rc)
-        rc = send_frame(c, &q, &d, &mine);
-    json_decref(q.body);
-    if (rc && e)
-        *e = mine;
+    if (q.quiet)
+        q.body = larder_body_bool(q.body, "quiet", true);
+    rc = larder_ask_json(c, &q, &answer, NULL, e);
+    json_decref(answer);
     return rc;
 }
