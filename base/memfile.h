@@ -36,6 +36,8 @@ int memfile_seal(int fd, void *map, uint64_t n_bytes, uint64_t keep_bytes, struc
  * many pages down takes longer than filling them, so that is done where nobody waits. The caller
  * writes no more. */
 int memfile_seal_mapped(int fd, struct larder_err *e);
+
+/* To n_bytes, before it is sealed. What a mapping has beyond is not touched any more. */
 int memfile_cut(int fd, uint64_t n_bytes, struct larder_err *e);
 
 /* Check seals and size and map read-only. n_bytes UINT64_MAX: any size up to max_bytes. */

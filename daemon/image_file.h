@@ -3,7 +3,7 @@
  * Purpose    Pages of a memory file take longer to make, to map and to unmap than an image takes to
  *            decode into them, so a thread of its own does all three where nobody waits.
  * Ownership  image_files_take() gives a file away; image_files_seal() takes its mapping back,
- *            image_files_close() its descriptor.
+ *            image_files_drop() what is left.
  * Threads    Any number of callers; one lock inside.
  * Errors     LARDER_ENOMEM, LARDER_EIO.
  */
@@ -39,11 +39,10 @@ int image_file_room(const struct image_file *f, uint64_t at, uint64_t n, struct 
 /* Cut it to n_bytes; what is beyond is not written any more. */
 int image_file_cut(const struct image_file *f, uint64_t n_bytes, struct larder_err *e);
 
-/* Seal; f->map is gone. Where it fails, the caller closes the descriptor. */
+/* Seal; f->map is gone. Where it fails, the caller drops the rest. */
 int image_files_seal(struct image_files *s, struct image_file *f, struct larder_err *e);
 
-/* Give up: the mapping, if it is there, and the descriptor. A file's pages go once nobody maps
- * them. */
+/* The mapping, if it is there, and the descriptor. A file's pages go once nobody maps them. */
 void image_files_drop(struct image_files *s, struct image_file *f);
 
 /* An image is done: time to prepare and to clear away. */

@@ -199,6 +199,7 @@ struct fill {
     struct store_entry *en;
     struct image_plan *plan;
     struct store_target *target;
+    struct store_sink to;      /* the mapped file */
     struct image_file file;    /* of at least the plan's size */
     atomic_uint next, running; /* extents handed out; readers still at it */
     atomic_int rc;             /* first failure */
@@ -229,16 +230,6 @@ static int room(void *arg, uint64_t at, uint64_t n, struct larder_err *e)
     return image_file_room(&((const struct fill *)arg)->file, at, n, e);
 }
 
-static int put(const struct fill *f, uint64_t at, const void *bytes, uint64_t n,
-               struct larder_err *e)
-{
-    int rc = n ? image_file_room(&f->file, at, n, e) : 0;
-
-    if (!rc && n)
-        memcpy(f->file.map + at, bytes, n);
-    return rc;
-}
-
 /* What is not rows; and what a ready file has too much of goes. */
 static int fill_rest(struct fill *f, struct larder_err *e)
 {
@@ -253,15 +244,16 @@ static int fill_rest(struct fill *f, struct larder_err *e)
         rc = image_file_room(&f->file, 0, p->tokens_off, e);
     if (!rc) {
         image_plan_write(p, f->file.map);
-        rc = put(f, p->tokens_off, in->ident.tokens, 4ull * in->n_ctx, e);
+        rc = store_sink_put(&f->to, p->tokens_off, in->ident.tokens, 4ull * in->n_ctx, e);
     }
     if (!rc)
-        rc = put(f, p->text_off, in->text, in->text_len, e);
+        rc = store_sink_put(&f->to, p->text_off, in->text, in->text_len, e);
     if (!rc)
-        rc = put(f, p->logits_off, in->logits, 4ull * in->n_vocab, e);
+        rc = store_sink_put(&f->to, p->logits_off, in->logits, 4ull * in->n_vocab, e);
     for (uint32_t i = 0; !rc && i < in->geom.n_layers * heads; i++)
-        rc = put(f, p->slot[i].position_off, store_entry_positions(f->en, i / heads, i % heads),
-                 4ull * p->slot[i].n_rows, e);
+        rc = store_sink_put(&f->to, p->slot[i].position_off,
+                            store_entry_positions(f->en, i / heads, i % heads),
+                            4ull * p->slot[i].n_rows, e);
     return rc;
 }
 
@@ -287,12 +279,11 @@ static void seal(struct fill *f)
 static void work(struct fill *f)
 {
     uint32_t n = store_entry_n_extents(f->en, f->rows);
-    const struct store_sink to = {f->file.map, f->target, room, f};
     struct larder_err e;
     unsigned i;
 
     while (!atomic_load(&f->rc) && (i = atomic_fetch_add(&f->next, 1)) <= n) {
-        int rc = i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, f->rows, i - 1, &to, &e);
+        int rc = i == 0 ? fill_rest(f, &e) : store_entry_decode(f->en, f->rows, i - 1, &f->to, &e);
 
         if (rc)
             fill_fail(f, rc, &e);
@@ -344,6 +335,7 @@ static int set_targets(struct fill *f, struct larder_err *e)
 {
     const struct image_plan *p = f->plan;
     uint32_t n = p->spec.geom.n_layers * p->spec.geom.n_kv_heads;
+    int rc;
 
     f->target = mem_alloc(n, sizeof *f->target);
     if (!f->target)
@@ -351,7 +343,9 @@ static int set_targets(struct fill *f, struct larder_err *e)
     for (uint32_t i = 0; i < n; i++)
         f->target[i] =
             (struct store_target){p->slot[i].k_off, p->slot[i].v_off, p->slot[i].bias_off};
-    return image_files_take(f->d->images->files, p->n_bytes, &f->file, e);
+    rc = image_files_take(f->d->images->files, p->n_bytes, &f->file, e);
+    f->to = (struct store_sink){f->file.map, f->target, room, f};
+    return rc;
 }
 
 static void nothing(struct task *t)

@@ -218,32 +218,30 @@ struct outlet {
     uint32_t used; /* of it */
 };
 
-static void put_block(struct outlet *o, const uint8_t *bytes, uint32_t n)
+/* Bytes that come next and lie in one place. There must be some. */
+static uint32_t room(struct outlet *o)
 {
-    while (n) {
-        uint32_t left = o->piece->n - o->used, take = n < left ? n : left;
-
-        memcpy(o->piece->to + o->used, bytes, take);
-        bytes += take;
-        n -= take;
-        o->used += take;
-        if (o->used == o->piece->n && n)
-            *o = (struct outlet){o->piece + 1, 0};
-    }
-}
-
-/* n bytes in a row, or NULL: then they are put there in parts. */
-static uint8_t *place_for(struct outlet *o, uint32_t n)
-{
-    uint8_t *to;
-
     if (o->used == o->piece->n)
         *o = (struct outlet){o->piece + 1, 0};
-    if (o->piece->n - o->used < n)
-        return NULL;
-    to = o->piece->to + o->used;
+    return o->piece->n - o->used;
+}
+
+static uint8_t *take(struct outlet *o, uint32_t n)
+{
+    uint8_t *to = o->piece->to + o->used;
+
     o->used += n;
     return to;
+}
+
+static void put_block(struct outlet *o, const uint8_t *bytes, uint32_t n)
+{
+    for (uint32_t some; n; n -= some, bytes += some) {
+        uint32_t left = room(o);
+
+        some = n < left ? n : left;
+        memcpy(take(o, some), bytes, some);
+    }
 }
 
 static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
@@ -256,14 +254,15 @@ static int deliver(struct codec *c, struct source *s, uint32_t raw_len,
 
     XXH3_128bits_reset(c->hash);
     for (uint32_t at = 0, n; at < raw_len; at += n) {
-        uint8_t *place;
+        void *place = block;
 
         n = raw_len - at < HASH_BLOCK ? raw_len - at : HASH_BLOCK;
-        place = to ? place_for(&out, n) : NULL;
-        produce(s, at, n, place ? (void *)place : (void *)block);
-        XXH3_128bits_update(c->hash, place ? (void *)place : (void *)block, n);
-        if (to && !place)
-            put_block(&out, (const uint8_t *)block, n);
+        if (to && room(&out) >= n)
+            place = take(&out, n);
+        produce(s, at, n, place);
+        XXH3_128bits_update(c->hash, place, n);
+        if (to && place == block)
+            put_block(&out, place, n);
     }
     XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(c->hash));
     if (memcmp(canonical.digest, hash, EXTENT_HASH_LEN))

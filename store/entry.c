@@ -418,8 +418,8 @@ static int make_room(const struct store_sink *to, uint64_t at, uint64_t n, struc
     return to->room && n ? to->room(to->arg, at, n, e) : 0;
 }
 
-static int put(const struct store_sink *to, uint64_t at, const void *bytes, uint64_t n,
-               struct larder_err *e)
+int store_sink_put(const struct store_sink *to, uint64_t at, const void *bytes, uint64_t n,
+                   struct larder_err *e)
 {
     int rc = make_room(to, at, n, e);
 
@@ -508,7 +508,7 @@ static int put_pieces(const struct store_entry *en, uint64_t begin, uint64_t end
         uint64_t n = p.till - at;
 
         rc = is_bias(&p) ? put_bias(to, p.place, bytes, (uint32_t)n / 2, e)
-                         : put(to, p.place, bytes, n, e);
+                         : store_sink_put(to, p.place, bytes, n, e);
         bytes += n;
         at = p.till;
     }

@@ -139,6 +139,10 @@ struct store_sink {
     void *arg;
 };
 
+/* Other bytes into the same memory. */
+int store_sink_put(const struct store_sink *to, uint64_t at, const void *bytes, uint64_t n,
+                   struct larder_err *e);
+
 /* Offsets from the base: of the rows of one (layer, KV head). */
 struct store_target {
     uint64_t k, v; /* bf16 rows, or tile_bytes_k() and tile_bytes_v() of the entry's precision */

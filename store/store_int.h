@@ -17,9 +17,8 @@
 /* X(name) - one LMDB database each; the names are part of the format (FORMAT.md). */
 #define STORE_DB_LIST(X)                                                                           \
     X(entries)                                                                                     \
-    X(state)                                                                                       \
-    X(extents) X(names) X(prefix) X(tombs) X(tombseq) X(sources) X(jobs) X(jobdocs) X(settings)    \
-        X(meta)
+    X(state) X(extents) X(names) X(prefix) X(tombs) X(tombseq) X(sources) X(jobs) X(jobdocs)       \
+        X(settings) X(meta)
 
 enum store_db {
 #define X(name) DB_##name,
