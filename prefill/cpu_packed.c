@@ -5,15 +5,14 @@
  * channels are turned in registers; a step then belongs to a whole vector of keys. int4 keys are
  * turned as two planes, even channels and odd ones, since both halves of a byte are needed
  * anyway. The numbers are those of packed_expand_k_f32() and packed_expand_v_f32(). */
-#pragma GCC optimize("O3")
 #include <string.h>
 
 #include "cpu.h"
+#include "fast.h"
 #include "half.h"
 #include "packed.h"
 #include "turn.h"
 
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #define BODY static inline __attribute__((always_inline))
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "scales are read in place");

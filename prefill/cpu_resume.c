@@ -6,11 +6,11 @@
  * the order of the keys. So all threads have work however few heads there are, nothing as large as
  * the cache is allocated, and since chunks follow from the number of rows, results do not depend on
  * threads. */
-#pragma GCC optimize("O3")
 #include <math.h>
 #include <string.h>
 
 #include "cpu.h"
+#include "fast.h"
 #include "half.h"
 #include "mem.h"
 #include "packed.h"
@@ -20,11 +20,7 @@
 #define MIN_CHUNK 256u /* keys */
 #define MAX_CHUNKS 16u /* of the stored rows of a head */
 
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #define BODY static inline __attribute__((always_inline))
-
-typedef uint32_t half_bits __attribute__((vector_size(32)));
-typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
 
 /* ---- keys to panels */
 
@@ -34,9 +30,7 @@ BODY void load8(const void *rows, enum kv_dtype t, uint64_t at, half_lanes *out)
     if (t == KV_F32)
         *out = *(const half_lanes *)((const float *)rows + at);
     else
-        *out = (half_lanes)(__builtin_convertvector(
-                                *(const half_bf16 *)((const uint16_t *)rows + at), half_bits)
-                            << 16);
+        widen_lanes((const uint16_t *)rows + at, out);
 }
 
 /* n <= 8 rows to half a panel: columns `to` .. `to` + 7 of it. */
@@ -105,7 +99,6 @@ struct steps {
     mul_fn *mul;
     uint32_t d, pad;       /* of a row; padded */
     uint32_t rows, padded; /* query rows of a group */
-    uint32_t tail_chunk;   /* keys */
     float *q;              /* [n_kv_heads][padded][d], scaled */
     float *parts;
     uint64_t per_part;
@@ -291,11 +284,11 @@ static void step_item(void *arg, uint32_t item, uint32_t worker)
 {
     const struct steps *s = arg;
     struct part p = part_at(s, item);
-    uint32_t g = 0, chunk = item;
+    uint32_t g = 0, chunk = item, n;
     struct run x;
 
-    for (; chunk >= n_parts(s, g); g++)
-        chunk -= n_parts(s, g);
+    for (; chunk >= (n = n_parts(s, g)); g++)
+        chunk -= n;
     x = chunk_run(s, g, chunk);
     for (uint32_t i = 0; i < s->padded; i++) {
         p.max[i] = -INFINITY;

@@ -12,16 +12,6 @@
 #include "lanes.h"
 #include "mem.h"
 
-#define BODY static inline __attribute__((always_inline, optimize("O3", "fp-contract=off")))
-
-typedef uint32_t half_bits __attribute__((vector_size(32)));
-typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
-
-BODY void widen_lanes(const uint16_t *x, half_lanes *out)
-{
-    *out = (half_lanes)(__builtin_convertvector(*(const half_bf16 *)x, half_bits) << 16);
-}
-
 FAST static float dot(const float *a, const float *b, uint32_t d)
 {
     half_lanes lo = {0}, hi = {0};

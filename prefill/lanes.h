@@ -1,4 +1,4 @@
-/* lanes.h - sums over 16 fixed lanes, as two vectors of eight that every instruction set can hold.
+/* lanes.h - 16 fixed lanes, as two vectors of eight that every instruction set can hold.
  *
  * The order of a sum is that of the lanes and not of the instruction set, so every variant of
  * a function gives the same bits. Vectors are passed by address: by value they would change
@@ -13,6 +13,15 @@
 
 typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t half_mask __attribute__((vector_size(32), aligned(4), may_alias));
+
+typedef uint32_t half_bits __attribute__((vector_size(32)));
+typedef uint16_t half_bf16 __attribute__((vector_size(16), aligned(2), may_alias));
+
+/* Eight bf16 as f32. */
+static inline __attribute__((always_inline)) void widen_lanes(const uint16_t *x, half_lanes *out)
+{
+    *out = (half_lanes)(__builtin_convertvector(*(const half_bf16 *)x, half_bits) << 16);
+}
 
 /* Pairwise. */
 static inline __attribute__((always_inline)) float sum_lanes(const half_lanes *a,
