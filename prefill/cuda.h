@@ -250,9 +250,9 @@ int cuda_leave(struct cuda_backend *b, struct cuda_twin *t, void *to, const void
 /* The device writes to it: the host's copy is not valid any more. */
 void cuda_taken(const struct cuda_backend *b, struct cuda_twin *t);
 struct cuda_twin *cuda_twin_of(struct cuda_backend *b, const void *p);
-/* `bytes` at p on the device: those of a twin, or copied to a room. */
+/* `bytes` at p on the device: those of a twin, which a call may write to, or copied to a room. */
 int cuda_source(struct cuda_backend *b, const void *p, enum cuda_room room, uint64_t bytes,
-                uint8_t **ret, struct larder_err *e);
+                bool writes, uint8_t **ret, struct larder_err *e);
 
 void *cuda_buffer_new(struct backend *b, uint64_t count, uint64_t size, bool staging);
 void cuda_buffer_free(struct backend *b, void *p);

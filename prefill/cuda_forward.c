@@ -71,14 +71,8 @@ static int hidden_in(struct cuda_backend *b, const float *hidden, uint32_t n, bo
                      uint8_t **ret, struct larder_err *e)
 {
     uint64_t bytes = (uint64_t)n * b->base.p->n_hidden * sizeof *hidden;
-    void *to = NULL;
-    int rc = cuda_twin_find(b, hidden, writes, ret, e);
 
-    if (rc || *ret)
-        return rc;
-    rc = cuda_room(b, ROOM_HIDDEN, bytes, &to, e);
-    *ret = to;
-    return rc ? rc : cuda_up(b, to, hidden, bytes, e);
+    return cuda_source(b, hidden, ROOM_HIDDEN, bytes, writes, ret, e);
 }
 
 /* Once for each larger n: does it fit at all? */

@@ -300,10 +300,10 @@ int cuda_deliver(struct cuda_backend *b, void *p, const void *device, uint64_t b
 }
 
 int cuda_source(struct cuda_backend *b, const void *p, enum cuda_room room, uint64_t bytes,
-                uint8_t **ret, struct larder_err *e)
+                bool writes, uint8_t **ret, struct larder_err *e)
 {
     void *to = NULL;
-    int rc = cuda_twin_find(b, p, false, ret, e);
+    int rc = cuda_twin_find(b, p, writes, ret, e);
 
     if (rc || *ret)
         return rc;

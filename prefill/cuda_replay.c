@@ -164,11 +164,11 @@ static int send_weights(struct cuda_backend *b, const struct replay_ask *x, uint
     int rc = 0;
 
     if (x->worth)
-        rc = cuda_source(b, x->worth, ROOM_WORTH, n * sizeof **worth, &to, e);
+        rc = cuda_source(b, x->worth, ROOM_WORTH, n * sizeof **worth, false, &to, e);
     *worth = (const float *)(const void *)to;
     to = NULL;
     if (!rc && x->length)
-        rc = cuda_source(b, x->length, ROOM_LENGTH, n_replay * sizeof **length, &to, e);
+        rc = cuda_source(b, x->length, ROOM_LENGTH, n_replay * sizeof **length, false, &to, e);
     *length = (const float *)(const void *)to;
     return rc;
 }

@@ -20,7 +20,8 @@ static int scores_in(struct cuda_backend *b, const double *score, uint32_t n_hea
                      uint32_t rows, const double **ret, struct larder_err *e)
 {
     uint8_t *at = NULL;
-    int rc = cuda_source(b, score, ROOM_SCORE, ((n_heads - 1) * ld + rows) * sizeof *score, &at, e);
+    int rc = cuda_source(b, score, ROOM_SCORE, ((n_heads - 1) * ld + rows) * sizeof *score, false,
+                         &at, e);
 
     *ret = (const double *)(const void *)at;
     return rc;
@@ -120,7 +121,7 @@ static int variance(struct backend *base, const struct rank_variance *x, double 
     uint8_t *ranks = NULL;
     void *part = NULL;
     int rc = cuda_source(b, x->rank, ROOM_INDEX, (uint64_t)x->n_layers * x->m * sizeof *x->rank,
-                         &ranks, e);
+                         false, &ranks, e);
 
     if (!rc)
         rc = cuda_room(b, ROOM_SUMS, 2 * (a.n_blocks + 1) * sizeof *a.part, &part, e);
@@ -213,7 +214,7 @@ static int gather_rows(struct cuda_backend *b, const struct gather *x, const uin
     int rc = 0;
 
     if (x->index)
-        rc = cuda_source(b, x->index, ROOM_INDEX, n * sizeof *x->index, &index, e);
+        rc = cuda_source(b, x->index, ROOM_INDEX, n * sizeof *x->index, false, &index, e);
     for (uint32_t g = 0; g < x->n_heads && !rc; g++) {
         struct cuda_gather_args a = {.from = from + g * x->stride * x->row_bytes,
                                      .to = to + at * x->row_bytes,
@@ -256,7 +257,8 @@ static int gather(struct backend *base, const struct gather *x, struct larder_er
     uint64_t n = 0, bytes;
     uint8_t *from = NULL, *to = NULL;
     void *moved = NULL;
-    int rc = cuda_source(b, x->from, ROOM_FROM, x->n_heads * x->stride * x->row_bytes, &from, e);
+    int rc =
+        cuda_source(b, x->from, ROOM_FROM, x->n_heads * x->stride * x->row_bytes, false, &from, e);
 
     for (uint32_t g = 0; g < x->n_heads; g++)
         n += x->count[g];
