@@ -49,7 +49,7 @@ nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
     -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
     $(if $(filter %_dequant.cu %_select.cu,$1),--fmad=false)
-LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lstdc++
+LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcusolver -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
         -Wvla -Wwrite-strings -Wundef -Wformat=2 -Werror

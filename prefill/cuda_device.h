@@ -39,8 +39,18 @@ struct cuda_gemm {
     uint64_t ldx, ldy;
     uint32_t n, n_in, n_out;
     bool bf16, add;
-    uint32_t batch;              /* more than 1: so many products by the same w, */
-    uint64_t x_stride, y_stride; /* whose x and y are so far apart */
+    bool x_tall, w_tall; /* stored the other way: x[n_in][ldx], w[n_in][n_out] */
+    uint32_t batch;      /* more than 1: so many products, whose matrices are so far apart */
+    uint64_t x_stride, w_stride, y_stride; /* 0: the same matrix, of w */
+};
+
+/* a x = b by Cholesky, f32. */
+struct cuda_solve {
+    float *a;      /* [n][ld], symmetric; overwritten */
+    float *x;      /* [cols][ld]: right-hand sides, then solutions */
+    uint32_t *bad; /* on the device: not 0 where a is not positive definite; x is then spoilt */
+    uint32_t n, cols;
+    uint64_t ld;
 };
 
 enum cuda_way { CUDA_TO_DEVICE, CUDA_TO_HOST, CUDA_ON_DEVICE };
@@ -65,6 +75,7 @@ struct cuda_driver {
     int (*sync_mark)(void *d, uint32_t mark);                 /* the caller waits */
     int (*sync)(void *d, enum cuda_lane lane);
     int (*gemm)(void *d, const struct cuda_gemm *g);
+    int (*solve)(void *d, const struct cuda_solve *s);
     int (*launch)(void *d, const struct cuda_launch *l);
 };
 

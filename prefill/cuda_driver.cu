@@ -1,4 +1,5 @@
-/* cuda_driver.cu - the one device that is a GPU: CUDA runtime and cuBLASLt behind cuda_device.
+/* cuda_driver.cu - the one device that is a GPU: the CUDA runtime, cuBLASLt and cuSOLVER behind
+ * cuda_device.
  *
  * The one idea: thin. Each function is one call of the runtime, whose number it returns. Products
  * are row-major X W^T, which cuBLAS sees as the column-major W^T' X: both operands with the inner
@@ -6,6 +7,7 @@
  * those that reduce in a fixed order, with one workspace per process, and kept. */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#include <cusolverDn.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -13,17 +15,19 @@
 
 #define WORKSPACE (64ull << 20) /* cuBLAS recommends 32 MiB on Hopper */
 #define MAX_SHAPES 256u
-#define NO_ALGORITHM 100001 /* cuBLASLt's own numbers are told from the runtime's by an offset */
+#define NO_ALGORITHM 100001 /* the libraries' own numbers are told from the runtime's by offsets */
 #define CUBLAS 100000
+#define CUSOLVER 200000
 
-namespace {
+namespace
+{
 
 struct shape {
     uint32_t n, n_in, n_out;
-    bool bf16, add;
+    bool bf16, add, x_tall, w_tall;
     uint64_t ldx, ldy;
     uint32_t batch;
-    uint64_t x_stride, y_stride;
+    uint64_t x_stride, w_stride, y_stride;
     uint32_t align; /* of all three matrices */
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t w, x, y;
@@ -35,6 +39,7 @@ struct device {
     cudaStream_t lane[CUDA_LANES];
     cudaEvent_t mark[CUDA_MARKS];
     cublasLtHandle_t lt;
+    cusolverDnHandle_t solver; /* made for the first system */
     void *workspace;
     struct shape shape[MAX_SHAPES];
     uint32_t n_shapes;
@@ -58,8 +63,15 @@ int lt_rc(cublasStatus_t s)
     return s == CUBLAS_STATUS_SUCCESS ? 0 : CUBLAS + (int)s;
 }
 
+int solver_rc(cusolverStatus_t s)
+{
+    return s == CUSOLVER_STATUS_SUCCESS ? 0 : CUSOLVER + (int)s;
+}
+
 const char *text(int rc)
 {
+    if (rc > CUSOLVER)
+        return "cuSOLVER failed; the number is 200000 and its cusolverStatus_t";
     if (rc == NO_ALGORITHM)
         return "cuBLASLt has no algorithm for a product of this shape";
     if (rc > CUBLAS)
@@ -82,6 +94,8 @@ void close(void *p)
         cublasLtMatrixLayoutDestroy(d->shape[i].x);
         cublasLtMatrixLayoutDestroy(d->shape[i].y);
     }
+    if (d->solver)
+        cusolverDnDestroy(d->solver);
     if (d->lt)
         cublasLtDestroy(d->lt);
     cudaFree(d->workspace);
@@ -245,24 +259,30 @@ int apart(cublasLtMatrixLayout_t m, uint32_t batch, uint64_t stride)
 
 int describe(struct shape *s)
 {
-    const cublasOperation_t turned = CUBLAS_OP_T;
+    const cublasOperation_t w_op = s->w_tall ? CUBLAS_OP_N : CUBLAS_OP_T;
+    const cublasOperation_t x_op = s->x_tall ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const uint64_t w_rows = s->w_tall ? s->n_out : s->n_in, x_rows = s->x_tall ? s->n : s->n_in;
+    const uint64_t w_cols = s->w_tall ? s->n_in : s->n_out, x_cols = s->x_tall ? s->n_in : s->n;
     const cudaDataType_t t = s->bf16 ? CUDA_R_16BF : CUDA_R_32F;
     /* pedantic: f32 products are f32, neither TF32 nor emulated */
     int rc = lt_rc(cublasLtMatmulDescCreate(
         &s->op, s->bf16 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_PEDANTIC, CUDA_R_32F));
 
     if (!rc)
-        rc = lt_rc(cublasLtMatmulDescSetAttribute(s->op, CUBLASLT_MATMUL_DESC_TRANSA, &turned,
-                                                  sizeof turned));
+        rc = lt_rc(
+            cublasLtMatmulDescSetAttribute(s->op, CUBLASLT_MATMUL_DESC_TRANSA, &w_op, sizeof w_op));
     if (!rc)
-        rc = lt_rc(cublasLtMatrixLayoutCreate(&s->w, t, s->n_in, s->n_out, s->n_in));
+        rc = lt_rc(
+            cublasLtMatmulDescSetAttribute(s->op, CUBLASLT_MATMUL_DESC_TRANSB, &x_op, sizeof x_op));
     if (!rc)
-        rc = lt_rc(cublasLtMatrixLayoutCreate(&s->x, t, s->n_in, s->n, (int64_t)s->ldx));
+        rc = lt_rc(cublasLtMatrixLayoutCreate(&s->w, t, w_rows, w_cols, (int64_t)w_rows));
+    if (!rc)
+        rc = lt_rc(cublasLtMatrixLayoutCreate(&s->x, t, x_rows, x_cols, (int64_t)s->ldx));
     if (!rc)
         rc = lt_rc(cublasLtMatrixLayoutCreate(&s->y, CUDA_R_32F, s->n_out, s->n, (int64_t)s->ldy));
     if (rc || s->batch <= 1)
         return rc;
-    rc = apart(s->w, s->batch, 0);
+    rc = apart(s->w, s->batch, s->w_stride);
     if (!rc)
         rc = apart(s->x, s->batch, s->x_stride);
     return rc ? rc : apart(s->y, s->batch, s->y_stride);
@@ -273,8 +293,7 @@ uint32_t alignment(const struct cuda_gemm *g)
 {
     uintptr_t bits = (uintptr_t)g->x | (uintptr_t)g->w | (uintptr_t)g->y | 256;
 
-    bits |= g->x_stride * (g->bf16 ? 2 : 4) | g->y_stride * 4;
-
+    bits |= (g->x_stride | g->w_stride) * (g->bf16 ? 2 : 4) | g->y_stride * 4;
     return (uint32_t)(bits & -bits);
 }
 
@@ -335,20 +354,25 @@ void forget(struct shape *s)
     *s = {};
 }
 
+bool is_of(const struct shape *s, const struct cuda_gemm *g)
+{
+    return s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
+           s->add == g->add && s->x_tall == g->x_tall && s->w_tall == g->w_tall &&
+           s->ldx == g->ldx && s->ldy == g->ldy && s->batch == g->batch &&
+           s->x_stride == g->x_stride && s->w_stride == g->w_stride && s->y_stride == g->y_stride &&
+           s->align == alignment(g);
+}
+
 int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
 {
     struct shape *s;
     int rc;
 
-    for (uint32_t i = 0; i < d->n_shapes; i++) {
-        s = &d->shape[i];
-        if (s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
-            s->add == g->add && s->ldx == g->ldx && s->ldy == g->ldy && s->batch == g->batch &&
-            s->x_stride == g->x_stride && s->y_stride == g->y_stride && s->align == alignment(g)) {
-            *ret = s;
+    for (uint32_t i = 0; i < d->n_shapes; i++)
+        if (is_of(&d->shape[i], g)) {
+            *ret = &d->shape[i];
             return 0;
         }
-    }
     if (d->n_shapes == MAX_SHAPES) /* the choice is a function of the shape: it comes out again */
         forget(&d->shape[--d->n_shapes]);
     s = &d->shape[d->n_shapes];
@@ -358,10 +382,13 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
     s->n_out = g->n_out;
     s->bf16 = g->bf16;
     s->add = g->add;
+    s->x_tall = g->x_tall;
+    s->w_tall = g->w_tall;
     s->ldx = g->ldx;
     s->ldy = g->ldy;
     s->batch = g->batch;
     s->x_stride = g->x_stride;
+    s->w_stride = g->w_stride;
     s->y_stride = g->y_stride;
     s->align = alignment(g);
     rc = describe(s);
@@ -389,6 +416,42 @@ int gemm(void *p, const struct cuda_gemm *g)
                                 s->y, &s->algo, d->workspace, WORKSPACE, d->lane[CUDA_COMPUTE]));
 }
 
+/* ---- systems */
+
+int open_solver(device *d)
+{
+    int rc = d->solver ? 0 : solver_rc(cusolverDnCreate(&d->solver));
+
+    if (!rc)
+        rc = solver_rc(cusolverDnSetStream(d->solver, d->lane[CUDA_COMPUTE]));
+    if (!rc)
+        rc = solver_rc(cusolverDnSetDeterministicMode(d->solver, CUSOLVER_DETERMINISTIC_RESULTS));
+    return rc;
+}
+
+/* The matrix is symmetric, so that it does not matter which way round it is stored. */
+int solve(void *p, const struct cuda_solve *s)
+{
+    device *d = of(p);
+    const int n = (int)s->n, ld = (int)s->ld;
+    float *work = (float *)d->workspace;
+    int *ignored = (int *)d->workspace + WORKSPACE / sizeof(int) - 1; /* only of wrong arguments */
+    int room = 0, rc = open_solver(d);
+
+    if (!rc)
+        rc = solver_rc(
+            cusolverDnSpotrf_bufferSize(d->solver, CUBLAS_FILL_MODE_LOWER, n, s->a, ld, &room));
+    if (!rc && (room < 0 || (uint64_t)room >= WORKSPACE / sizeof *work))
+        rc = cudaErrorMemoryAllocation;
+    if (!rc)
+        rc = solver_rc(cusolverDnSpotrf(d->solver, CUBLAS_FILL_MODE_LOWER, n, s->a, ld, work, room,
+                                        (int *)s->bad));
+    if (!rc)
+        rc = solver_rc(cusolverDnSpotrs(d->solver, CUBLAS_FILL_MODE_LOWER, n, (int)s->cols, s->a,
+                                        ld, s->x, ld, ignored));
+    return rc;
+}
+
 int launch(void *d, const struct cuda_launch *l)
 {
     return cuda_launch_any(l, of(d)->lane[l->lane]);
@@ -397,20 +460,6 @@ int launch(void *d, const struct cuda_launch *l)
 } // namespace
 
 extern "C" const struct cuda_driver cuda_device = {
-    open,
-    close,
-    text,
-    free_bytes,
-    alloc,
-    release,
-    pin,
-    unpin,
-    copy,
-    zero,
-    mark,
-    wait,
-    sync_mark,
-    sync,
-    gemm,
-    launch,
+    open, close, text, free_bytes, alloc, release, pin,   unpin,  copy,
+    zero, mark,  wait, sync_mark,  sync,  gemm,    solve, launch,
 };

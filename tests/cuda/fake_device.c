@@ -4,6 +4,7 @@
  * plainest loop. */
 #include "fake_device.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -215,15 +216,18 @@ static float element(const void *x, bool is_bf16, uint64_t i)
     return is_bf16 ? bf16_to_f32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-static void product(const struct cuda_gemm *g, uint64_t x0, float *y0)
+static void product(const struct cuda_gemm *g, uint64_t x0, uint64_t w0, float *y0)
 {
+    uint64_t xi = g->x_tall ? 1 : g->ldx, xk = g->x_tall ? g->ldx : 1;
+    uint64_t wj = g->w_tall ? 1 : g->n_in, wk = g->w_tall ? g->n_out : 1;
+
     for (uint64_t i = 0; i < g->n; i++)
         for (uint64_t j = 0; j < g->n_out; j++) {
             float *y = y0 + i * g->ldy + j, sum = 0;
 
             for (uint64_t k = 0; k < g->n_in; k++)
-                sum += element(g->x, g->bf16, x0 + i * g->ldx + k) *
-                       element(g->w, g->bf16, j * g->n_in + k);
+                sum += element(g->x, g->bf16, x0 + i * xi + k * xk) *
+                       element(g->w, g->bf16, w0 + j * wj + k * wk);
             *y = g->add ? *y + sum : sum;
         }
 }
@@ -235,9 +239,61 @@ static int fake_gemm(void *d, const struct cuda_gemm *g)
     (void)d;
     if (rc)
         return rc;
-    product(g, 0, g->y);
+    product(g, 0, 0, g->y);
     for (uint64_t i = 1; i < g->batch; i++)
-        product(g, i * g->x_stride, g->y + i * g->y_stride);
+        product(g, i * g->x_stride, i * g->w_stride, g->y + i * g->y_stride);
+    return 0;
+}
+
+/* L over the lower triangle of a; the row, counted from 1, that has no root; or 0. */
+static uint32_t factor(const struct cuda_solve *s)
+{
+    for (uint64_t j = 0; j < s->n; j++)
+        for (uint64_t i = 0; i <= j; i++) {
+            float *a = s->a + j * s->ld;
+            double sum = a[i];
+
+            for (uint64_t k = 0; k < i; k++)
+                sum -= (double)a[k] * s->a[i * s->ld + k];
+            if (i == j && !(sum > 0))
+                return (uint32_t)j + 1;
+            a[i] = (float)(i == j ? sqrt(sum) : sum / s->a[i * s->ld + i]);
+        }
+    return 0;
+}
+
+static void substitute(const struct cuda_solve *s, float *x)
+{
+    for (uint64_t i = 0; i < s->n; i++) {
+        double sum = x[i];
+
+        for (uint64_t k = 0; k < i; k++)
+            sum -= (double)s->a[i * s->ld + k] * x[k];
+        x[i] = (float)(sum / s->a[i * s->ld + i]);
+    }
+    for (uint64_t i = s->n; i-- > 0;) {
+        double sum = x[i];
+
+        for (uint64_t k = i + 1; k < s->n; k++)
+            sum -= (double)s->a[k * s->ld + i] * x[k];
+        x[i] = (float)(sum / s->a[i * s->ld + i]);
+    }
+}
+
+static int fake_solve(void *d, const struct cuda_solve *s)
+{
+    int rc = step(FAKE_SOLVE);
+
+    (void)d;
+    if (rc)
+        return rc;
+    *s->bad = factor(s);
+    if (fake.indefinite > 0) {
+        fake.indefinite--;
+        *s->bad = 1;
+    }
+    for (uint64_t c = 0; c < s->cols; c++)
+        substitute(s, s->x + c * s->ld);
     return 0;
 }
 
@@ -269,5 +325,6 @@ const struct cuda_driver cuda_device = {
     .sync_mark = fake_sync_mark,
     .sync = fake_sync,
     .gemm = fake_gemm,
+    .solve = fake_solve,
     .launch = fake_launch,
 };

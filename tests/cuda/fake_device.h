@@ -19,6 +19,7 @@ enum fake_call {
     FAKE_WAIT,
     FAKE_SYNC,
     FAKE_GEMM,
+    FAKE_SOLVE,
     FAKE_LAUNCH,
     FAKE_CALLS,
 };
@@ -28,6 +29,7 @@ struct fake {
     enum fake_call fail;   /* this call ... */
     long fail_at;          /* ... fails at its n-th use, counted from 1; 0: never */
     int fail_rc;
+    long indefinite;       /* so many of the systems to come are said not to be positive definite */
     long count[FAKE_CALLS];
     uint64_t used, peak;
     long n_live;     /* allocations, pinned ones too */

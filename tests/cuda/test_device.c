@@ -229,6 +229,7 @@ static void kept_rows_are_those_of_ref(void **state)
                                          "asl,w=8,pool=3,lmin=3,lobs=3,rows=25%,select=60",
                                          "kvzip,rows=25%,shape=uniform,chunk=64",
                                          "kvzip+,rows=25%,shape=uniform,chunk=64",
+                                         "matching,rows=25%,shape=uniform,chunk=64",
                                          "kvzip,rows=25%"};
     static struct kept want, got, again;
 
@@ -359,6 +360,111 @@ static void batched_products_are_those_one_by_one(void **state)
     cuda_device.close(d);
 }
 
+/* As the equations of a fit are made: x and w stored the other way, each its own in a batch. */
+static void tall_products_are_those_of_the_transposed(void **state)
+{
+    enum { BATCH = 2, IN = 70, ROWS = 16, WIDE = 48, FAR = IN * WIDE, Y = ROWS * WIDE };
+    static float p[BATCH * FAR], y[BATCH * Y];
+    struct cuda_info info;
+    uint64_t seed = 6;
+    void *d, *dp, *dy;
+    struct cuda_gemm g = {.ldx = WIDE,
+                          .ldy = WIDE,
+                          .n = ROWS,
+                          .n_in = IN,
+                          .n_out = WIDE,
+                          .x_tall = true,
+                          .w_tall = true,
+                          .batch = BATCH,
+                          .x_stride = FAR,
+                          .w_stride = FAR,
+                          .y_stride = Y};
+
+    (void)state;
+    for (int i = 0; i < BATCH * FAR; i++)
+        p[i] = test_randf(&seed);
+    assert_int_equal(cuda_device.open(&d, &info, NULL), 0);
+    assert_int_equal(cuda_device.alloc(d, sizeof p, &dp), 0);
+    assert_int_equal(cuda_device.alloc(d, sizeof y, &dy), 0);
+    cuda_device.copy(d, dp, p, sizeof p, CUDA_TO_DEVICE, CUDA_COMPUTE);
+    g.x = g.w = dp;
+    g.y = dy;
+    assert_int_equal(cuda_device.gemm(d, &g), 0);
+    g.add = true;
+    assert_int_equal(cuda_device.gemm(d, &g), 0);
+    cuda_device.copy(d, y, dy, sizeof y, CUDA_TO_HOST, CUDA_COMPUTE);
+    assert_int_equal(cuda_device.sync(d, CUDA_COMPUTE), 0);
+    for (int i = 0; i < BATCH * Y; i++) {
+        const float *of = p + i / Y * FAR;
+        double sum = 0;
+
+        for (int k = 0; k < IN; k++)
+            sum += 2.0 * of[k * WIDE + i % Y / WIDE] * of[k * WIDE + i % WIDE];
+        assert_true(fabs(sum - y[i]) < 1e-4);
+    }
+    cuda_device.release(d, dp);
+    cuda_device.release(d, dy);
+    cuda_device.close(d);
+}
+
+/* a = f f^T + 1 of n rows in wider ones; x solves it, or `bad` says that nothing does. */
+static void check_system(void *d, uint32_t n, uint32_t cols, bool definite)
+{
+    uint64_t ld = n + 5, seed = n, bytes = (n * ld + cols * ld + 1) * sizeof(float);
+    float *a = calloc(1, bytes), *x = a + n * ld, *f = malloc(n * n * sizeof *f);
+    float *want = malloc(n * cols * sizeof *want);
+    struct cuda_solve s = {.n = n, .cols = cols, .ld = ld};
+    uint32_t bad = 77;
+    void *memory;
+
+    for (uint32_t i = 0; i < n * n; i++)
+        f[i] = test_randf(&seed);
+    for (uint32_t i = 0; i < n * cols; i++)
+        want[i] = test_randf(&seed);
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < n; j++) {
+            double sum = i == j ? definite ? 1 : -2.0 * n : 0;
+
+            for (uint32_t k = 0; k < n; k++)
+                sum += (double)f[i * n + k] * f[j * n + k];
+            a[i * ld + j] = (float)sum;
+            for (uint32_t c = 0; c < cols; c++)
+                x[c * ld + i] += (float)(sum * want[j * cols + c]);
+        }
+    assert_int_equal(cuda_device.alloc(d, bytes, &memory), 0);
+    cuda_device.copy(d, memory, a, bytes, CUDA_TO_DEVICE, CUDA_COMPUTE);
+    s.a = memory;
+    s.x = s.a + n * ld;
+    s.bad = (uint32_t *)(s.x + cols * ld);
+    assert_int_equal(cuda_device.solve(d, &s), 0);
+    cuda_device.copy(d, x, s.x, cols * ld * sizeof *x, CUDA_TO_HOST, CUDA_COMPUTE);
+    cuda_device.copy(d, &bad, s.bad, sizeof bad, CUDA_TO_HOST, CUDA_COMPUTE);
+    assert_int_equal(cuda_device.sync(d, CUDA_COMPUTE), 0);
+    assert_int_equal(bad == 0, definite);
+    for (uint32_t i = 0; i < n * cols && definite; i++)
+        assert_true(fabsf(x[i % cols * ld + i / cols] - want[i]) < 5e-3f);
+    cuda_device.release(d, memory);
+    free(want);
+    free(f);
+    free(a);
+}
+
+static void systems_are_solved(void **state)
+{
+    const uint32_t sizes[] = {1, 2, 31, 33, 130, 700};
+    struct cuda_info info;
+    void *d;
+
+    (void)state;
+    assert_int_equal(cuda_device.open(&d, &info, NULL), 0);
+    for (int i = 0; i < 6; i++) {
+        check_system(d, sizes[i], 1, true);
+        check_system(d, sizes[i], 64, true);
+        check_system(d, sizes[i], 1, false);
+    }
+    cuda_device.close(d);
+}
+
 static void products_are_exact_to_f32(void **state)
 {
     const uint32_t rows[] = {1, 31, 33, 257};
@@ -418,6 +524,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(products_are_exact_to_f32),
         cmocka_unit_test(batched_products_are_those_one_by_one),
+        cmocka_unit_test(tall_products_are_those_of_the_transposed),
+        cmocka_unit_test(systems_are_solved),
         cmocka_unit_test(logits_are_those_of_ref),
         cmocka_unit_test(questions_are_answered_as_by_ref),
         cmocka_unit_test(the_same_input_gives_the_same_bytes),
