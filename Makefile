@@ -48,7 +48,7 @@ nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
     $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
     -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
-    $(if $(filter %_dequant.cu %_select.cu,$1),--fmad=false)
+    $(if $(filter %_dequant.cu %_pack.cu %_select.cu,$1),--fmad=false)
 LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcusolver -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
@@ -235,13 +235,17 @@ $(CUDA_UNIT): CFLAGS += -Itests/cuda
 $(CUDA_UNIT): LIBS_prefill += -lstdc++
 
 # The same kernel tests, and others, on a GPU.
-DEVICE_TESTS := $(addprefix $(CUDA_DIR)/,test_kernels test_select test_device bench_device)
+DEVICE_TESTS := $(addprefix $(CUDA_DIR)/test_,kernels select match pack device) $(CUDA_DIR)/bench_device
 device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda -Iprefill -Ibase $(ldmust) $(LDFLAGS) \
     -o $@ $(filter %.c %.o %.a,$^) $(LIBS_tests) $(LIBS_prefill) $(LIBS_cuda)
 $(CUDA_DIR)/test_kernels $(CUDA_DIR)/test_select: $(CUDA_DIR)/test_%: tests/unit/test_prefill_cuda_%.c \
         $(CUDA_DIR)/tests/cuda/harness_device.o $(CUDA_OBJ) $(call archives,prefill base)
 	@$(call say,LD,$@)
 	$(Q)$(device_cc)
+$(CUDA_DIR)/test_match $(CUDA_DIR)/test_pack: $(CUDA_DIR)/test_%: tests/unit/test_prefill_cuda_%.c \
+        $(CUDA_OBJ) $(call archives,prefill base)
+	@$(call say,LD,$@)
+	$(Q)$(device_cc) -DLARDER_ON_GPU
 $(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c $(CUDA_OBJ) \
         $(call archives,prefill base)
 	@$(call say,LD,$@)

@@ -112,10 +112,11 @@ static float one_over(float step)
     return step > 0 ? 1 / step : 0;
 }
 
-/* int4: minimum and step of a range, as stored; *lo becomes the stored minimum. */
+/* Which zero a range of both ends at depends on who looked: + 0.0f makes it the one without a sign.
+ * int4: minimum and step of a range, as stored; *lo becomes the stored minimum. */
 static float put_range(uint8_t *scales, uint64_t i, float *lo, float hi)
 {
-    uint16_t min = f32_to_f16(*lo), step;
+    uint16_t min = f32_to_f16(*lo + 0.0f), step;
 
     *lo = f16_to_f32(min);
     /* the rounded minimum may lie above a narrow range */
@@ -128,7 +129,7 @@ static float put_range(uint8_t *scales, uint64_t i, float *lo, float hi)
 /* int8: the step for elements from lo to hi. */
 static float put_step(uint8_t *scales, uint64_t i, float lo, float hi)
 {
-    uint16_t step = f32_to_f16((-lo > hi ? -lo : hi) / 127);
+    uint16_t step = f32_to_f16((-lo > hi ? -lo : hi) / 127 + 0.0f);
 
     put16(scales, i, step);
     return one_over(f16_to_f32(step));

@@ -60,10 +60,18 @@ enum cuda_room {
     ROOM_COUNTS,
     ROOM_BAD,
     ROOM_SUMS,
+    ROOM_SUMS_OUT,
     ROOM_MOVED, /* rows on their way to where they came from */
     ROOM_FROM,
     ROOM_WORTH,
     ROOM_LENGTH,
+    ROOM_KEYS, /* of what is kept, as they will be read back */
+    ROOM_TILES,
+    ROOM_PACK_TABLE,
+    ROOM_PACK_RANGES,
+    ROOM_TO_K,
+    ROOM_TO_V,
+    ROOM_BIAS,
     CUDA_ROOMS,
 };
 
@@ -181,6 +189,8 @@ struct cuda_hold {
 };
 
 struct replay_ask; /* select_ops.h */
+struct fit_rows;
+struct pack_rows;
 
 struct cuda_backend {
     struct backend base; /* first, so that it is one */
@@ -235,6 +245,8 @@ int cuda_down(struct cuda_backend *b, void *to, const void *from, uint64_t bytes
  * made valid; `writes`: and the host's is not any more. */
 int cuda_twin_find(struct cuda_backend *b, const void *p, bool writes, uint8_t **ret,
                    struct larder_err *e);
+/* The same for memory that has to be a twin's. */
+int cuda_twin_need(struct cuda_backend *b, const void *p, uint8_t **ret, struct larder_err *e);
 void cuda_memory_close(struct cuda_backend *b);
 
 /* Device memory for what a call writes to p: that of a twin, whatever was in it before, or a room
@@ -312,6 +324,12 @@ int cuda_resume(struct backend *b, const struct resume *r, struct larder_err *e)
 
 extern const struct select_ops cuda_select; /* cuda_select.c */
 int cuda_replay(struct backend *b, const struct replay_ask *x, struct larder_err *e);
+int cuda_fit(struct backend *b, const struct fit_rows *x, struct larder_err *e);
+int cuda_pack(struct backend *b, const struct pack_rows *x, struct larder_err *e);
+/* ret [rows of all KV heads][head_dim]: keys[g][count[g]][head_dim], of T, as a decoder reads them
+ * when they are stored as `to`. All but count on the device. */
+int cuda_keys_read_back(struct cuda_backend *b, enum kv_dtype to, const void *const *keys,
+                        const uint32_t *count, float *ret, struct larder_err *e);
 
 /* Rows of a caller on the device: [heads][stride][d], in place or copied to a room. */
 struct cuda_rows {

@@ -44,6 +44,18 @@ enum cuda_kernel {
     CUDA_REPLAY_STATS, /* cuda_replay.h */
     CUDA_REPLAY_PART,
     CUDA_REPLAY_SCORE,
+    CUDA_WIDEN, /* cuda_match.h */
+    CUDA_MATCH_KEPT,
+    CUDA_MATCH_FULL,
+    CUDA_MATCH_WEIGH,
+    CUDA_MATCH_REDUCE,
+    CUDA_MATCH_TAKE,
+    CUDA_MATCH_BIAS,
+    CUDA_MATCH_VALUES,
+    CUDA_PACK_RANGES, /* cuda_pack.h */
+    CUDA_PACK_KEYS,
+    CUDA_PACK_VALUES,
+    CUDA_UNPACK,
     CUDA_KERNELS,
 };
 

@@ -3,6 +3,8 @@
  * The one idea: a launch follows from shapes alone - not from the device, its load or its free
  * memory - so that the same input takes the same sums in the same order. */
 #include "cuda.h"
+#include "cuda_match.h"
+#include "cuda_pack.h"
 #include "cuda_replay.h"
 #include "cuda_select.h"
 
@@ -138,6 +140,20 @@ int cuda_launch_any(const struct cuda_launch *l, void *stream)
     case CUDA_REPLAY_PART:
     case CUDA_REPLAY_SCORE:
         return cuda_launch_replay(l, stream);
+    case CUDA_WIDEN:
+    case CUDA_MATCH_KEPT:
+    case CUDA_MATCH_FULL:
+    case CUDA_MATCH_WEIGH:
+    case CUDA_MATCH_REDUCE:
+    case CUDA_MATCH_TAKE:
+    case CUDA_MATCH_BIAS:
+    case CUDA_MATCH_VALUES:
+        return cuda_launch_match(l, stream);
+    case CUDA_PACK_RANGES:
+    case CUDA_PACK_KEYS:
+    case CUDA_PACK_VALUES:
+    case CUDA_UNPACK:
+        return cuda_launch_pack(l, stream);
     default:
         return cuda_launch_dequant(l, stream);
     }
@@ -165,6 +181,18 @@ static const char *const names[CUDA_KERNELS] = {
     [CUDA_REPLAY_STATS] = "replay sums",
     [CUDA_REPLAY_PART] = "replay probabilities",
     [CUDA_REPLAY_SCORE] = "replay scores",
+    [CUDA_WIDEN] = "widening rows",
+    [CUDA_MATCH_KEPT] = "the kept rows of a fit",
+    [CUDA_MATCH_FULL] = "the probabilities of a fit",
+    [CUDA_MATCH_WEIGH] = "the probabilities of a fit",
+    [CUDA_MATCH_REDUCE] = "the equations of a fit",
+    [CUDA_MATCH_TAKE] = "the weights of a fit",
+    [CUDA_MATCH_BIAS] = "the biases of a fit",
+    [CUDA_MATCH_VALUES] = "the values of a fit",
+    [CUDA_PACK_RANGES] = "the ranges of keys",
+    [CUDA_PACK_KEYS] = "packing keys",
+    [CUDA_PACK_VALUES] = "packing values",
+    [CUDA_UNPACK] = "reading keys back",
 };
 
 int cuda_run(struct cuda_backend *b, struct cuda_launch l, struct larder_err *e)

@@ -246,6 +246,15 @@ int cuda_twin_find(struct cuda_backend *b, const void *p, bool writes, uint8_t *
     return 0;
 }
 
+int cuda_twin_need(struct cuda_backend *b, const void *p, uint8_t **ret, struct larder_err *e)
+{
+    int rc = cuda_twin_find(b, p, false, ret, e);
+
+    return rc || *ret ? rc
+                      : larder_fail(e, LARDER_EBACKEND,
+                                    "backend cuda: kept rows are not where they were chosen");
+}
+
 /* ---- what calls write */
 
 int cuda_target(struct cuda_backend *b, void *p, enum cuda_room room, uint64_t bytes, uint8_t **ret,

@@ -2,10 +2,14 @@
  *
  * The one idea: prefill is layer-major, so the peak is hidden states, one layer's Q, K, V and O,
  * two layers of weights (all of them when they stay), the workspace of a block of rows, and what a
- * policy chooses with: scores and lists, and at most all rows once more. */
+ * policy chooses with: scores and lists, and at most all rows once more, fitted and packed. */
 #include "cuda.h"
 
 #define TOKEN_BYTES 40u /* a sum over the heads and ranks of eight layers */
+#define FIT_BYTES                                                                                  \
+    14u /* an element of K and one of V, fitted: both, and K as it will be read back, in
+                         * f32; and two codes */
+#define SUM_BYTES 8u /* of a row and a query head: what a fit needs of the replay */
 
 static uint64_t larger(uint64_t a, uint64_t b)
 {
@@ -55,7 +59,8 @@ struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_
     plan.workspace = rows * (p->n_hidden * bytes + wide * sizeof(float) + p->n_ff * bytes) +
                      rows * p->rope_dims * sizeof(float) + n * sizeof(uint32_t) + CUDA_WINDOW_BYTES;
     plan.chosen =
-        n * (2 * kv * bytes + TOKEN_BYTES + g->n_kv_heads * (sizeof(double) + sizeof(uint32_t)));
+        n * (kv * (2 * bytes + FIT_BYTES) + TOKEN_BYTES + (uint64_t)g->n_heads * SUM_BYTES +
+             g->n_kv_heads * (sizeof(double) + sizeof(uint32_t)));
     plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace + plan.chosen;
     return plan;
 }

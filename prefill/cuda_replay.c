@@ -44,6 +44,7 @@ static void lay_out(struct part *p, const struct replay_ask *x, const struct rep
                                    .n_kv = g->n_kv_heads,
                                    .group = g->n_heads / g->n_kv_heads,
                                    .n_doc = x->n_doc,
+                                   .n_replay = x->n_replay,
                                    .row = part->row,
                                    .scale = (float)(1 / sqrt(g->head_dim)),
                                    .own = !x->square,
@@ -188,10 +189,11 @@ int cuda_replay(struct backend *base, const struct replay_ask *x, struct larder_
     struct cuda_backend *b = cuda_of(base);
     const struct kv_geom *g = &base->p->geom;
     uint64_t bytes = (uint64_t)g->n_kv_heads * x->n_doc * sizeof *x->score;
+    uint64_t sum_bytes = 2ull * g->n_heads * x->n_replay * sizeof *x->sums;
     uint32_t n_replay = last_row(x);
     const float *worth = NULL, *length = NULL;
     struct cuda_rows q, k;
-    uint8_t *score = NULL;
+    uint8_t *score = NULL, *sums = NULL;
     int rc = cuda_rows_in(b, x->q, ROOM_Q, g->n_heads, x->stride, x->n_doc + n_replay, &q, e);
 
     if (!rc)
@@ -202,6 +204,8 @@ int cuda_replay(struct backend *base, const struct replay_ask *x, struct larder_
         rc = cuda_target(b, x->score, ROOM_SCORE, bytes, &score, e);
     if (!rc)
         rc = cuda_check(b, b->d->zero(b->device, score, bytes, CUDA_COMPUTE), "clearing", e);
+    if (!rc && x->sums)
+        rc = cuda_target(b, x->sums, ROOM_SUMS_OUT, sum_bytes, &sums, e);
     for (uint32_t i = 0; i < x->n_parts && !rc; i++) {
         struct part p = {
             .b = b, .q = q.device, .k = k.device, .q_stride = q.stride, .k_stride = k.stride};
@@ -210,7 +214,10 @@ int cuda_replay(struct backend *base, const struct replay_ask *x, struct larder_
         p.a.score = (double *)(void *)score;
         p.a.worth = worth;
         p.a.length = length ? length + x->part[i].first : NULL;
+        p.a.sums = sums ? (float *)(void *)sums + 2ull * x->part[i].first : NULL;
         rc = p.n_now ? score_part(&p, e) : 0;
     }
+    if (!rc && x->sums)
+        rc = cuda_deliver(b, x->sums, sums, sum_bytes, e);
     return rc ? rc : cuda_deliver(b, x->score, score, bytes, e);
 }

@@ -37,17 +37,28 @@ __global__ void replay_stats_kernel(struct cuda_replay_args a)
     uint32_t seen = a.n_sinks + a.n_rows + (a.own ? row + 1 : 0);
     uint64_t at = (uint64_t)blockIdx.y * a.n_now + i;
     const float *x = a.logit + at * a.ld;
-    float max = -INFINITY, sum = 0;
+    float max = -INFINITY, sum = 0, mass = 0; /* mass: without the first rows */
 
     for (uint32_t j = lane; j < seen; j += 32)
         max = fmaxf(max, x[column(&a, j)] * a.scale);
     max = warp_max(max);
-    for (uint32_t j = lane; j < seen; j += 32)
-        sum += expf(x[column(&a, j)] * a.scale - max);
+    for (uint32_t j = lane; j < seen; j += 32) {
+        float p = expf(x[column(&a, j)] * a.scale - max);
+
+        sum += p;
+        mass += j < a.n_sinks ? 0 : p;
+    }
     sum = warp_sum(sum);
-    if (want < a.n_now && !lane) {
-        a.stat[2 * at] = max;
-        a.stat[2 * at + 1] = (a.length ? a.length[row] : 1) / sum;
+    mass = warp_sum(mass);
+    if (want >= a.n_now || lane)
+        return;
+    a.stat[2 * at] = max;
+    a.stat[2 * at + 1] = (a.length ? a.length[row] : 1) / sum;
+    if (a.sums) {
+        float *to = a.sums + 2 * ((uint64_t)(a.head0 + blockIdx.y) * a.n_replay + row);
+
+        to[0] = max + logf(sum);
+        to[1] = mass / sum;
     }
 }
 

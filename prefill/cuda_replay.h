@@ -26,12 +26,13 @@ struct cuda_replay_args {
     float *stat;         /* [n_batch][n_now][2]: maximum, what a probability is multiplied by */
     float *part;         /* [n_heads][n_blocks][n_rows] */
     double *score;       /* [n_kv][n_doc] */
+    float *sums;         /* [n_heads][n_replay][2] of the part's first row and up, or NULL */
     const float *worth;  /* [n_heads][n_doc], or NULL */
     const float *length; /* [n], or NULL */
     uint64_t ld;
     uint32_t n_sinks, at_rows, at_own, n_rows, n, n_blocks;
     uint32_t row0, n_now, head0, n_batch;
-    uint32_t n_kv, group, n_doc, row;
+    uint32_t n_kv, group, n_doc, n_replay, row;
     float scale;
     bool own;    /* rows see each other */
     bool square; /* the mean square over n_queries, not the largest */

@@ -287,4 +287,6 @@ const struct select_ops cuda_select = {
     .top = top,
     .gather = gather,
     .replay = cuda_replay,
+    .pack = cuda_pack,
+    .fit = cuda_fit,
 };

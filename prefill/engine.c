@@ -271,7 +271,7 @@ static int choose_rows(struct run *r, struct rung *g, const struct layer_view *x
     }
     if (!rc && weighed)
         rc = observe_worth(x, r->worth, e);
-    return rc ? rc : rung_choose(g, &rows, e);
+    return rc ? rc : rung_choose(g, &rows, NULL, e);
 }
 
 /* What was chosen, which a backend may have sent while it went on with the layer. */
@@ -280,7 +280,7 @@ static int deliver(struct run *r, struct larder_err *e)
     int rc = 0;
 
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
-        rc = rung_deliver(&r->rung[i], NULL, e);
+        rc = rung_deliver(&r->rung[i], e);
     return rc;
 }
 

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "mem.h"
+#include "packed.h"
 #include "select_ops.h"
 #include "shape.h"
 
@@ -101,9 +102,13 @@ static uint64_t room(const struct keep *k)
     return most;
 }
 
-static void *new_rows(const struct keep *k, uint64_t size)
+/* leaves: for the host. */
+static void *new_rows(const struct keep *k, uint64_t size, bool leaves)
 {
-    return k->select ? backend_staging_new(k->b, k->n_out, size) : mem_aligned(k->n_out, size);
+    if (!k->select)
+        return mem_aligned(k->n_out, size);
+    return leaves ? backend_staging_new(k->b, k->n_out, size)
+                  : backend_buffer_new(k->b, k->n_out, size);
 }
 
 static void free_rows(const struct keep *k, void *rows)
@@ -129,14 +134,15 @@ int keep_init(struct keep *k, struct backend *b, const struct policy *p, uint32_
     if (rc)
         return rc;
     k->select = keep_waits(k) ? NULL : b->ops->select; /* those are the host's by then */
-    if (k->select && !k->n_out)
+    k->stays = k->select && (packed_type(p->precision) || (p->fit != FIT_NONE && k->n_room));
+    if (k->select && !k->n_out && !k->stays)
         k->n_out = (uint64_t)n * n_kv; /* all leave, but they leave */
     k->now = mem_alloc(n_kv, sizeof *k->now);
     k->heads = mem_zalloc(n_kv, sizeof *k->heads);
-    k->index = new_rows(k, sizeof *k->index);
+    k->index = new_rows(k, sizeof *k->index, true);
     k->position = mem_alloc(k->n_out, sizeof *k->position);
-    k->k = new_rows(k, row_bytes(k));
-    k->v = new_rows(k, row_bytes(k));
+    k->k = new_rows(k, row_bytes(k), !k->stays);
+    k->v = new_rows(k, row_bytes(k), !k->stays);
     if (k->now && k->heads && k->index && k->position && k->k && k->v)
         return 0;
     return no_memory(e, n);
@@ -279,6 +285,12 @@ static int send(struct keep *k, const void *rows, void *to, struct larder_err *e
     return k->select->gather(k->b, &x, e);
 }
 
+/* Rows that nobody gathers: all of them, where they are. */
+static bool stay_there(const struct keep *k)
+{
+    return k->all && (!k->select || k->stays);
+}
+
 int keep_choose(struct keep *k, const struct layer_rows *x, struct larder_err *e)
 {
     int rc = 0;
@@ -289,11 +301,10 @@ int keep_choose(struct keep *k, const struct layer_rows *x, struct larder_err *e
         k->now[g] = x->n;
     if (!k->all)
         rc = choose(k, x, e);
-    if (!rc && k->select)
-        rc = send(k, x->k, k->k, e);
-    if (!rc && k->select)
-        rc = send(k, x->v, k->v, e);
-    return rc;
+    if (rc || !k->select || stay_there(k))
+        return rc;
+    rc = send(k, x->k, k->k, e);
+    return rc ? rc : send(k, x->v, k->v, e);
 }
 
 /* ---- collecting */
@@ -327,6 +338,8 @@ static int wait_for(struct keep *k, struct larder_err *e)
 {
     int rc = k->all ? 0 : backend_view(k->b, k->index, VIEW_READ, e);
 
+    if (k->stays)
+        return rc;
     if (!rc)
         rc = backend_view(k->b, k->k, VIEW_READ, e);
     return rc ? rc : backend_view(k->b, k->v, VIEW_READ, e);
@@ -340,7 +353,7 @@ int keep_collect(struct keep *k, struct larder_err *e)
 
     if (rc)
         return rc;
-    if (k->all && !k->select) {
+    if (stay_there(k)) {
         keep_all(k);
         return 0;
     }

@@ -5,7 +5,8 @@
  *            collecting are two calls: with a backend that gathers (select_ops.h) rows are on
  *            their way in between.
  * Ownership  keep_init() allocates, keep_done() frees (also after a failed init). Gathered rows
- *            are borrowed until the next keep_choose().
+ *            are borrowed until the next keep_choose(); those that stay with the backend are looked
+ *            at by its calls alone (backend_view()).
  * Threads    One caller.
  * Errors     LARDER_ENUMERIC, LARDER_ENOMEM.
  */
@@ -39,6 +40,7 @@ struct keep {
     uint32_t *now;   /* [n_kv_heads] of the layer at hand */
     uint64_t n_room; /* rows of a layer that are chosen, at most; 0: all stay, always */
     uint64_t n_out;  /* rows that fit what follows; 0: rows are handed on where they are */
+    bool stays;      /* they stay with the backend, which fits or packs them */
     uint32_t *index; /* chosen: one head after the other */
     uint8_t *k, *v;  /* gathered likewise */
     uint32_t *position;

@@ -8,19 +8,30 @@
  *            keys quantised before the fit.
  * Shapes     n document rows, m = n_group * replay rows queries per KV head, t kept rows.
  * Units      Sums over queries are means where the ridge says so: ridge * m.
+ * Where      With a backend that matches (select_ops.h) all of it happens there, on rows that
+ *            never leave; otherwise on the host, whose code this is.
  * Ownership  match_open() allocates for one document, match_close() frees (NULL allowed).
- *            match_layer() keeps what it computed until the next call.
+ *            Rows that match_layer() is given are borrowed until the layer's last match_fit().
  * Threads    The backend's; results do not depend on them.
  * Errors     LARDER_ENOMEM, LARDER_ENUMERIC (the fit stays singular with the largest ridge, or
- *            an input is not finite).
+ *            an input is not finite), the backend's.
  */
 #ifndef LARDER_MATCH_H
 #define LARDER_MATCH_H
 
 #include "backend.h"
 #include "replay.h"
-#include "select_ops.h"
 
+/* Ridges are multiplied by the number of queries, */
+#define RIDGE_BIAS 1e-6f
+#define RIDGE_VALUE 1e-5f
+#define RIDGE_STEP 10.0f /* and by this where a matrix is not positive definite in f32. */
+#define RIDGE_TRIES 5
+#define BIAS_MIN 0.02f /* of e^bias */
+#define BIAS_MAX 50.0f
+#define BIAS_ROUNDS 6 /* solves that each find more rows out of bounds */
+
+struct kept_rows;
 struct match;
 
 struct match_opts {
@@ -33,19 +44,16 @@ int match_open(struct match **ret, struct backend *b, const struct replay *r, ui
                struct larder_err *e);
 void match_close(struct match *m);
 
-/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]. *ret_score: [n_kv_heads][n],
- * the mean over all queries of the squared probability of a row; valid until the next call. */
-int match_layer(struct match *m, const struct replay_rows *x, const void *v,
-                const float **ret_score, struct larder_err *e);
+/* Statistics of a layer: v as x->k, [n_kv_heads][stride][head_dim]; what rows are worth is not
+ * looked at. score: [n_kv_heads][n], the mean over all queries of the squared probability of a
+ * row; it stays with a backend that matches. */
+int match_layer(struct match *m, const struct replay_rows *x, const void *v, double *score,
+                struct larder_err *e);
 
-/* Rows that are scored together, and by whom, for a backend that scores (select_ops.h): *ret_n of
- * part[chunks of the replay]; *ret_queries queries of a KV head ask in all. */
-void match_parts(const struct match *m, struct replay_part *part, uint32_t *ret_n,
-                 uint32_t *ret_queries);
-
-/* Fit the rows keep[t] (ascending) of a KV head: v[t][head_dim] and bias[t] (all zero without
- * with_bias; exactly representable in bf16). */
-int match_fit(struct match *m, const struct match_opts *o, uint32_t kv_head, const uint32_t *keep,
-              uint32_t t, float *v, float *bias, struct larder_err *e);
+/* Fit what is kept of the document's rows: heads[n_kv_heads], of the backend's element type, whose
+ * positions are row numbers. To k and v [rows of all heads][head_dim]: the keys as they are, and
+ * new values; to bias [rows of all heads]: zeros without with_bias, representable in bf16. */
+int match_fit(struct match *m, const struct match_opts *o, const struct kept_rows *heads, float *k,
+              float *v, float *bias, struct larder_err *e);
 
 #endif

@@ -15,13 +15,6 @@
 
 #define AT_ONCE 8u /* blocks whose probabilities exist together */
 #define WIDE_ROWS (AT_ONCE * MATCH_ROWS)
-#define RIDGE_BIAS 1e-6f
-#define RIDGE_VALUE 1e-5f
-#define RIDGE_STEP 10.0f /* where a matrix is not positive definite in f32 */
-#define RIDGE_TRIES 5
-#define BIAS_MIN 0.02f /* of e^bias */
-#define BIAS_MAX 50.0f
-#define BIAS_ROUNDS 6
 
 struct fit {
     struct match *m;
@@ -384,8 +377,8 @@ static int stored_keys(const struct match *m, enum kv_dtype precision, uint32_t 
     return 0;
 }
 
-int match_fit(struct match *m, const struct match_opts *o, uint32_t kv_head, const uint32_t *keep,
-              uint32_t t, float *v, float *bias, struct larder_err *e)
+int match_fit_head(struct match *m, const struct match_opts *o, uint32_t kv_head,
+                   const uint32_t *keep, uint32_t t, float *v, float *bias, struct larder_err *e)
 {
     uint32_t d = m->b->p->geom.head_dim, at = 0;
     float *keys = NULL;

@@ -9,6 +9,7 @@
 #include "match.h"
 #include "mul.h"
 #include "ref.h"
+#include "select_ops.h"
 
 #define MATCH_ROWS 64u /* queries of a block */
 
@@ -29,7 +30,6 @@ struct match_group {
 
 struct match {
     struct backend *b;
-    mul_fn *mul;
     const struct replay *r;
     uint32_t n_group; /* query heads of a KV head */
     struct match_block *block;
@@ -39,15 +39,26 @@ struct match {
     uint32_t n_queries;           /* of a KV head */
     /* of the present layer */
     struct replay_rows x; /* a copy: fits come after the call that gave it */
+    const void *v;
+    /* where a backend matches */
+    struct replay_part *part; /* [n_groups] */
+    float *sums;              /* [n_heads][replay rows][2], which stay there */
+    /* where the host does */
+    mul_fn *mul;
     struct ref_keys *doc; /* [n_kv_heads] */
-    float *lse;    /* [n_kv_heads][n_queries]: log of the sum over the first rows and the group's */
-    float *mass;   /* [n_kv_heads][n_queries]: probability of the group's rows */
-    float *y;      /* [n_kv_heads][n_queries][padded head_dim]: their output */
-    float *square; /* [n_kv_heads][n_blocks][max_group]: sums of squared probabilities */
-    float *score;  /* [n_kv_heads][n] */
+    float *lse;     /* [n_kv_heads][n_queries]: log of the sum over the first rows and group */
+    float *mass;    /* [n_kv_heads][n_queries]: probability of the group's rows */
+    float *y;       /* [n_kv_heads][n_queries][padded head_dim]: their output */
+    float *square;  /* [n_kv_heads][n_blocks][max_group]: sums of squared probabilities */
     float *scratch; /* [n_threads][per_worker] */
     uint64_t per_worker;
 };
+
+/* By the host: match_layer(); and, of match_fit(), v[t][head_dim] and bias[t] of a KV head's
+ * keep[t]. */
+int match_stats(struct match *m, double *score, struct larder_err *e);
+int match_fit_head(struct match *m, const struct match_opts *o, uint32_t kv_head,
+                   const uint32_t *keep, uint32_t t, float *v, float *bias, struct larder_err *e);
 
 /* The block's queries, scaled: q[rows][head_dim]. */
 void match_queries(const struct match *m, uint32_t g, const struct match_block *k, float *q);

@@ -297,7 +297,7 @@ static int deliver(struct run *r, struct larder_err *e)
     int rc = 0;
 
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
-        rc = rung_deliver(&r->rung[i], r->match, e);
+        rc = rung_deliver(&r->rung[i], e);
     return rc;
 }
 
@@ -385,21 +385,12 @@ static int choose_rows(struct run *r, uint32_t layer, bool scored, bool fits, st
 
     for (uint32_t i = 0; i < r->n_rungs && !rc; i++)
         if (rung_fits(&r->rung[i]) == fits)
-            rc = rung_choose(&r->rung[i], &x, e);
+            rc = rung_choose(&r->rung[i], &x, r->match, e);
     return rc;
 }
 
-static int look(struct run *r, struct larder_err *e)
-{
-    int rc = backend_view(r->b, r->q, VIEW_READ, e);
-
-    if (!rc)
-        rc = backend_view(r->b, r->k, VIEW_READ, e);
-    return rc ? rc : backend_view(r->b, r->v, VIEW_READ, e);
-}
-
-/* Where the keys are; rows are the replay's chunks or the match's groups. */
-static int score_there(struct run *r, const struct replay_rows *x, bool match, struct larder_err *e)
+/* Where the keys are. */
+static int score_there(struct run *r, const struct replay_rows *x, struct larder_err *e)
 {
     struct replay_ask a = {.q = x->q,
                            .k = x->k,
@@ -407,7 +398,6 @@ static int score_there(struct run *r, const struct replay_rows *x, bool match, s
                            .n_doc = r->n,
                            .part = r->part,
                            .n_parts = r->replay->n_chunks,
-                           .square = match,
                            .worth = x->worth,
                            .length = x->length,
                            .score = r->score};
@@ -417,8 +407,6 @@ static int score_there(struct run *r, const struct replay_rows *x, bool match, s
 
         r->part[i] = (struct replay_part){c->start, c->end - c->start, c->first, c->n};
     }
-    if (match)
-        match_parts(r->match, r->part, &a.n_parts, &a.n_queries);
     return r->b->ops->select->replay(r->b, &a, e);
 }
 
@@ -442,25 +430,11 @@ static int score_replay(struct run *r, const struct replay_rows *x, struct larde
     int rc;
 
     if (r->b->ops->select) {
-        rc = score_there(r, x, false, e);
+        rc = score_there(r, x, e);
         return rc || !r->watch ? rc : get_scores(r, e);
     }
     rc = replay_score(r->b, r->replay, x, r->replayed, e);
     return rc ? rc : set_scores(r, r->replayed, e);
-}
-
-/* Those of the match, which then knows what a fit needs. */
-static int score_match(struct run *r, const struct replay_rows *x, struct larder_err *e)
-{
-    struct replay_rows plain = {x->q, x->k, x->stride, NULL, NULL}; /* matches weigh nothing */
-    const float *score = NULL;
-    int rc = look(r, e);
-
-    if (!rc)
-        rc = match_layer(r->match, x, r->v, &score, e);
-    if (!rc && r->b->ops->select)
-        return score_there(r, &plain, true, e);
-    return rc ? rc : set_scores(r, score, e);
 }
 
 static int observe(struct run *r, uint32_t layer, struct larder_err *e)
@@ -476,7 +450,7 @@ static int observe(struct run *r, uint32_t layer, struct larder_err *e)
     if (!rc && r->watch)
         rc = r->watch->layer(r->watch->arg, layer, r->replayed, e);
     if (!rc && r->match)
-        rc = score_match(r, &x, e);
+        rc = match_layer(r->match, &x, r->v, r->score, e);
     if (!rc && r->match)
         rc = choose_rows(r, layer, true, true, e);
     return rc;

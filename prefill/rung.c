@@ -3,16 +3,23 @@
 
 #include <string.h>
 
-#include "half.h"
 #include "mem.h"
+#include "packed.h"
 
-static bool alloc_fit(struct rung *r)
+/* Fitted rows are packed where they are, or leave. */
+static void *fit_buffer(const struct rung *r, struct backend *b, uint64_t n, uint64_t size)
 {
-    uint64_t kept = (uint64_t)r->geom->n_kv_heads * r->n;
+    return packed_type(r->policy->precision) ? backend_buffer_new(b, n, size)
+                                             : backend_staging_new(b, n, size);
+}
 
-    r->fit_k = mem_alloc(kept, r->geom->head_dim * sizeof *r->fit_k);
-    r->fit_v = mem_alloc(kept, r->geom->head_dim * sizeof *r->fit_v);
-    r->bias = mem_alloc(kept, sizeof *r->bias);
+static bool alloc_fit(struct rung *r, struct backend *b)
+{
+    uint64_t n = r->keep.n_room ? r->keep.n_room : (uint64_t)r->geom->n_kv_heads * r->n;
+
+    r->fit_k = fit_buffer(r, b, n, r->geom->head_dim * sizeof *r->fit_k);
+    r->fit_v = fit_buffer(r, b, n, r->geom->head_dim * sizeof *r->fit_v);
+    r->bias = backend_staging_new(b, n, sizeof *r->bias);
     return r->fit_k && r->fit_v && r->bias;
 }
 
@@ -27,6 +34,7 @@ static int rung_open(struct rung *r, struct backend *b, const struct rung_want *
         (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
     if (!rc)
         rc = keep_init(&r->keep, b, p, n, rows, e);
+    r->packer.b = r->keep.stays ? b : NULL;
     if (!rc && keep_waits(&r->keep))
         rc = hold_init(&r->hold, b, e);
     if (rc || !rung_fits(r))
@@ -35,7 +43,7 @@ static int rung_open(struct rung *r, struct backend *b, const struct rung_want *
         return larder_fail(e, LARDER_EPOLICY,
                            "policy: fit needs a layer's rows while its queries are there, and "
                            "shape=global knows them only at the end; use shape=shares");
-    return alloc_fit(r) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
+    return alloc_fit(r, b) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
 }
 
 int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const struct rung_want *want,
@@ -54,40 +62,33 @@ int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const stru
 void rungs_close(struct rung *r, uint32_t n_rungs)
 {
     for (uint32_t i = 0; i < n_rungs; i++) {
-        keep_done(&r[i].keep);
         hold_done(&r[i].hold);
         packer_done(&r[i].packer);
-        mem_free(r[i].fit_k);
-        mem_free(r[i].fit_v);
-        mem_free(r[i].bias);
+        backend_buffer_free(r[i].keep.b, r[i].fit_k);
+        backend_buffer_free(r[i].keep.b, r[i].fit_v);
+        backend_buffer_free(r[i].keep.b, r[i].bias);
+        keep_done(&r[i].keep);
     }
     mem_free(r);
 }
 
-static void widen(const struct kept_rows *h, uint64_t n, float *k, float *v)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        bool f32 = h->dtype == KV_F32;
-
-        k[i] = f32 ? ((const float *)h->k)[i] : bf16_to_f32(((const uint16_t *)h->k)[i]);
-        v[i] = f32 ? ((const float *)h->v)[i] : bf16_to_f32(((const uint16_t *)h->v)[i]);
-    }
-}
-
-/* Refit the rows of one head where they stand for the dropped ones. */
-static int refit(struct rung *r, uint32_t head, struct match *m, struct larder_err *e)
+/* Refit the rows of all heads where they stand for the dropped ones. */
+static int refit(struct rung *r, struct match *m, struct larder_err *e)
 {
     struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING};
-    struct kept_rows *h = &r->keep.heads[head];
-    uint64_t at = (uint64_t)head * r->n, d = r->geom->head_dim;
-    float *k = r->fit_k + at * d, *v = r->fit_v + at * d;
+    uint64_t at = 0, d = r->geom->head_dim;
+    int rc = match_fit(m, &o, r->keep.heads, r->fit_k, r->fit_v, r->bias, e);
 
-    widen(h, h->n_rows * d, k, v);
-    h->k = k;
-    h->v = v;
-    h->dtype = KV_F32;
-    h->bias = o.with_bias ? r->bias + at : NULL;
-    return match_fit(m, &o, head, h->position, h->n_rows, v, r->bias + at, e);
+    for (uint32_t g = 0; g < r->geom->n_kv_heads && !rc; g++) {
+        struct kept_rows *h = &r->keep.heads[g];
+
+        h->k = r->fit_k + at * d;
+        h->v = r->fit_v + at * d;
+        h->dtype = KV_F32;
+        h->bias = o.with_bias ? r->bias + at : NULL;
+        at += h->n_rows;
+    }
+    return rc;
 }
 
 /* Rows that the layer's window hides from all that comes after the document are not kept: they
@@ -109,31 +110,65 @@ static void drop_unseen(struct rung *r, uint32_t layer)
     }
 }
 
-static int hand_on(struct rung *r, struct match *m, struct larder_err *e)
+/* Do rows change before they are handed on? */
+static bool changes(const struct rung *r)
 {
-    uint32_t layer = r->keep.at_hand.layer;
+    return rung_fits(r) || packed_type(r->policy->precision);
+}
+
+/* What was chosen, with positions. */
+static int collect(struct rung *r, struct larder_err *e)
+{
     int rc = keep_collect(&r->keep, e);
 
-    if (rc)
-        return rc;
-    drop_unseen(r, layer);
-    for (uint32_t g = 0; g < r->geom->n_kv_heads && rung_fits(r) && !rc; g++)
-        rc = refit(r, g, m, e);
     if (!rc)
-        rc = packer_layer(&r->packer, r->geom, r->policy->precision, r->keep.heads, e);
-    if (!rc && r->sink && r->sink->layer)
-        rc = r->sink->layer(r->sink->arg, layer, r->keep.heads, e);
+        drop_unseen(r, r->keep.at_hand.layer);
     return rc;
 }
 
-int rung_choose(struct rung *r, const struct layer_rows *x, struct larder_err *e)
+static int choose(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e)
 {
-    return keep_waits(&r->keep) ? hold_add(&r->hold, x, e) : keep_choose(&r->keep, x, e);
+    int rc = keep_choose(&r->keep, x, e);
+
+    if (rc || !changes(r))
+        return rc;
+    rc = collect(r, e);
+    if (!rc && rung_fits(r))
+        rc = refit(r, m, e);
+    return rc ? rc : packer_layer(&r->packer, r->geom, r->policy->precision, r->keep.heads, e);
 }
 
-int rung_deliver(struct rung *r, struct match *m, struct larder_err *e)
+/* Fitted rows that nobody packs, and biases. */
+static int view_fitted(struct rung *r, struct larder_err *e)
 {
-    return keep_waits(&r->keep) ? 0 : hand_on(r, m, e);
+    struct backend *b = r->keep.b;
+    int rc = backend_view(b, r->bias, VIEW_READ, e);
+
+    if (rc || packed_type(r->policy->precision))
+        return rc;
+    rc = backend_view(b, r->fit_k, VIEW_READ, e);
+    return rc ? rc : backend_view(b, r->fit_v, VIEW_READ, e);
+}
+
+static int hand_on(struct rung *r, struct larder_err *e)
+{
+    int rc = changes(r) ? packer_wait(&r->packer, r->geom->n_kv_heads, e) : collect(r, e);
+
+    if (!rc && rung_fits(r))
+        rc = view_fitted(r, e);
+    if (!rc && r->sink && r->sink->layer)
+        rc = r->sink->layer(r->sink->arg, r->keep.at_hand.layer, r->keep.heads, e);
+    return rc;
+}
+
+int rung_choose(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e)
+{
+    return keep_waits(&r->keep) ? hold_add(&r->hold, x, e) : choose(r, x, m, e);
+}
+
+int rung_deliver(struct rung *r, struct larder_err *e)
+{
+    return keep_waits(&r->keep) ? 0 : hand_on(r, e);
 }
 
 int rung_end(struct rung *r, struct larder_err *e)
@@ -144,9 +179,9 @@ int rung_end(struct rung *r, struct larder_err *e)
         return 0;
     rc = keep_count_all(&r->keep, r->hold.layers, e);
     for (uint32_t l = 0; l < r->geom->n_layers && !rc; l++) {
-        rc = keep_choose(&r->keep, &r->hold.layers[l], e);
+        rc = choose(r, &r->hold.layers[l], NULL, e);
         if (!rc)
-            rc = hand_on(r, NULL, e);
+            rc = hand_on(r, e);
     }
     return rc;
 }

@@ -34,8 +34,8 @@ struct rung {
     struct keep keep; /* keep.heads: the rows of the layer at hand */
     struct hold hold; /* where rows are chosen only at the end: those of all layers */
     struct packer packer;
-    float *fit_k, *fit_v; /* [n_kv_heads][n][head_dim], where rows are fitted */
-    float *bias;          /* [n_kv_heads][n] */
+    float *fit_k, *fit_v; /* [kept rows of all heads][head_dim], where rows are fitted */
+    float *bias;          /* [kept rows of all heads] */
     struct certificate certificate;
 };
 
@@ -51,11 +51,12 @@ static inline bool rung_fits(const struct rung *r)
     return r->policy->fit != FIT_NONE && (r->keep.n_room || r->policy->precision != KV_BF16);
 }
 
-/* Choose the rows of a layer; where heads of all layers compete the layer is only kept until
- * rung_end(). Between this and rung_deliver() the rows may be on their way (keep.h). */
-int rung_choose(struct rung *r, const struct layer_rows *x, struct larder_err *e);
-/* Refit what was chosen (m is not NULL where rung_fits()) and hand it on. */
-int rung_deliver(struct rung *r, struct match *m, struct larder_err *e);
+/* Choose the rows of a layer, refit them (m is not NULL where rung_fits()) and pack them; where
+ * heads of all layers compete the layer is only kept until rung_end(). Between this and
+ * rung_deliver() the rows may be on their way from a backend. */
+int rung_choose(struct rung *r, const struct layer_rows *x, struct match *m, struct larder_err *e);
+/* Hand on what was chosen. */
+int rung_deliver(struct rung *r, struct larder_err *e);
 int rung_end(struct rung *r, struct larder_err *e);
 
 /* The rows at hand as past rows [n_kv_heads]. */

@@ -19,6 +19,8 @@
 #include "backend.h"
 #include "policy.h"
 
+struct kept_rows; /* engine.h */
+
 /* Window attention mass, pooled per query head, summed over those of each KV head, times share. */
 struct window_score {
     struct window_mass of; /* mass is not used */
@@ -85,6 +87,31 @@ struct replay_ask {
     uint32_t n_queries;
     const float *worth, *length; /* replay.h; or NULL */
     double *score;               /* [n_kv_heads][n_doc]; 0 for rows of no part */
+    float *sums;                 /* `square`: what fits need, or NULL: [n_heads][n_replay][2], of */
+    uint32_t n_replay; /* each row the log of its sum, and the share of the part's rows in it */
+};
+
+/* match_fit(): rows `heads` of the document, in memory of backend_buffer_new(). */
+struct fit_rows {
+    const void *q, *k, *v; /* as in struct replay_ask, of which the rest is a copy */
+    uint32_t stride, n_doc, n_replay;
+    const struct replay_part *part;
+    uint32_t n_parts;
+    const float *sums;
+    enum kv_dtype precision;
+    bool with_bias;
+    const struct kept_rows *heads; /* [n_kv_heads] */
+    float *to_k, *to_v;            /* [rows of all heads][head_dim] */
+    float *bias;                   /* [rows of all heads]; not written without with_bias */
+};
+
+/* packer_layer(): rows of the KV heads become tiles (packed.h), of each head K's and then V's,
+ * head after head. Rows anywhere in memory of backend_buffer_new(). */
+struct pack_rows {
+    enum kv_dtype to;              /* KV_INT8 or KV_INT4 */
+    const struct kept_rows *heads; /* [n_kv_heads] of KV_F32 or KV_BF16 */
+    uint8_t *tiles;
+    uint32_t *bad; /* [n_kv_heads]: not 0 where an element is not finite or a scale overflows f16 */
 };
 
 struct select_ops {
@@ -95,6 +122,8 @@ struct select_ops {
     int (*top)(struct backend *b, const struct top_rows *x, struct larder_err *e);
     int (*gather)(struct backend *b, const struct gather *x, struct larder_err *e);
     int (*replay)(struct backend *b, const struct replay_ask *x, struct larder_err *e);
+    int (*pack)(struct backend *b, const struct pack_rows *x, struct larder_err *e);
+    int (*fit)(struct backend *b, const struct fit_rows *x, struct larder_err *e);
 };
 
 #endif

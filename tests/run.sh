@@ -100,9 +100,11 @@ for group in "$@"; do
         at=${CUDA_DIR:?make check-cuda sets it}
         run "kernels on the GPU" 900 "$at/test_kernels"
         run "choices on the GPU" 900 "$at/test_select"
+        run "matching on the GPU" 900 "$at/test_match"
+        run "packing on the GPU" 900 "$at/test_pack"
         run "backend on the GPU" 900 "$at/test_device"
         for tool in memcheck racecheck; do
-            for t in kernels select; do
+            for t in kernels select match pack; do
                 run "$t under compute-sanitizer $tool" 3600 tests/cuda/sanitize.sh $tool "$at/test_$t"
             done
         done

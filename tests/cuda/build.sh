@@ -8,9 +8,9 @@ if ! [ -x "$nvcc" ]; then
     echo "NOT BUILT: no $nvcc, so nothing says whether larder-prefill-cuda compiles; CUDA_HOME names a CUDA Toolkit 13" >&2
     exit 77
 fi
-if ! make -s CUDA=1 CUDA_ARCHS=90 B="$build" "$build/cuda-90/larder-prefill-cuda" \
-    "$build/cuda-90/test_kernels" "$build/cuda-90/test_select" "$build/cuda-90/test_device" \
-    "$build/cuda-90/bench_device" >&2; then
+programs="larder-prefill-cuda bench_device"
+for t in kernels select match pack device; do programs="$programs test_$t"; done
+if ! make -s CUDA=1 CUDA_ARCHS=90 B="$build" $(printf "$build/cuda-90/%s " $programs) >&2; then
     echo "not ok - larder-prefill-cuda and its tests compile and link"
     exit 1
 fi

@@ -1,4 +1,5 @@
-/* cuda_fixture.h - backend `cuda` on a device that is host memory, and `ref`, on a fake model. */
+/* cuda_fixture.h - backend `cuda` on a fake model, and `ref`. The device is host memory, or, with
+ * LARDER_ON_GPU, a GPU. */
 #ifndef LARDER_CUDA_FIXTURE_H
 #define LARDER_CUDA_FIXTURE_H
 
@@ -6,9 +7,14 @@
 
 #include <math.h>
 
-#include "fake_device.h"
 #include "fake_model.h"
 #include "half.h"
+
+#ifdef LARDER_ON_GPU
+#include "cuda.h"
+#else
+#include "fake_device.h"
+#endif
 
 static inline struct backend *open_on(const struct backend_ops *ops, const struct model *m,
                                       enum kv_dtype dtype)
@@ -34,12 +40,43 @@ static inline struct backend *open_ref(const struct model *m)
     return open_on(&backend_ref, m, KV_F32);
 }
 
+/* A healthy device; nothing of it is in use when the backend is closed. */
+#ifdef LARDER_ON_GPU
+static inline void fresh_device(void) {}
+
+/* Ends the program with 77 where there is none. */
+static inline void skip_without_gpu(void)
+{
+    struct larder_err e = {0, ""};
+    struct cuda_info info;
+    void *d;
+
+    if (cuda_device.open(&d, &info, &e)) {
+        fprintf(stderr, "the GPU is not tested: %s\n", e.msg);
+        exit(77);
+    }
+    cuda_device.close(d);
+}
+
+static inline void close_clean(struct backend *b)
+{
+    b->ops->close(b);
+}
+#else
+static inline void fresh_device(void)
+{
+    fake_reset();
+}
+
+static inline void skip_without_gpu(void) {}
+
 static inline void close_clean(struct backend *b)
 {
     b->ops->close(b);
     assert_int_equal(fake.n_live, 0);
     assert_int_equal(fake.used, 0);
 }
+#endif
 
 static inline void fill(float *x, size_t n, uint64_t *seed)
 {

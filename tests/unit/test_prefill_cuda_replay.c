@@ -8,6 +8,7 @@
 #include "engine.h"
 #include "half.h"
 #include "match.h"
+#include "packed.h"
 #include "recall.h"
 #include "select_ops.h"
 
@@ -119,8 +120,9 @@ static void check(uint32_t n_doc, uint32_t start, uint32_t n_heads, uint32_t n_k
     struct backend *ref = open_on(&backend_ref, &x.m, KV_F32), *b;
     struct replay_ask a = ask_for(&x, part, 2, got);
     struct larder_err e = {0, ""};
+    struct replay_rows there = {x.q_t, x.k_t, x.stride, NULL, NULL};
     struct match *match = NULL;
-    const float *square;
+    double *square = malloc((size_t)n_kv * n_doc * sizeof *square);
 
     fake_reset();
     b = open_on(&backend_cuda, &x.m, t);
@@ -136,12 +138,15 @@ static void check(uint32_t n_doc, uint32_t start, uint32_t n_heads, uint32_t n_k
     compare(&x, want, got, "weighed");
     rows.worth = rows.length = a.worth = a.length = NULL;
     assert_int_equal(match_open(&match, ref, &r, 1, &e), 0);
-    assert_int_equal(match_layer(match, &rows, x.k, &square, &e), 0);
-    match_parts(match, part, &a.n_parts, &a.n_queries);
-    a.square = true;
-    assert_int_equal(cuda_select.replay(b, &a, &e), 0);
-    compare(&x, square, got, "squares");
+    assert_int_equal(match_layer(match, &rows, x.k, square, &e), 0);
     match_close(match);
+    for (size_t i = 0; i < (size_t)n_kv * n_doc; i++)
+        want[i] = (float)square[i];
+    assert_int_equal(match_open(&match, b, &r, 1, &e), 0);
+    assert_int_equal(match_layer(match, &there, x.k_t, got, &e), 0);
+    compare(&x, want, got, "squares");
+    match_close(match);
+    free(square);
     ref->ops->close(ref);
     close_clean(b);
     free(want);
@@ -254,7 +259,8 @@ static uint64_t check_policy(const char *policy)
     if (memcmp(&want, &got, sizeof want))
         fail_msg("%s: other rows", policy);
     assert_int_equal(w.certificate.n_probes, g.certificate.n_probes);
-    assert_true(fabs(w.certificate.kl - g.certificate.kl) <= 1e-3 * w.certificate.kl);
+    if (!(fabs(w.certificate.kl - g.certificate.kl) <= 5e-3 * w.certificate.kl))
+        fail_msg("%s: a divergence of %g, not %g", policy, g.certificate.kl, w.certificate.kl);
     logits = 1 + 2ull * g.certificate.n_probes * PROBE_QUOTE;
     assert_true(fake.kernels[CUDA_REPLAY_SCORE] > 0);
     engine_result_done(&w);
@@ -278,47 +284,83 @@ static void only_what_is_kept_leaves(void **state)
     assert_int_equal(bytes, (uint64_t)HEADS * N * (2 * ROW + sizeof(double)));
 }
 
+/* Fitted and packed rows leave as tiles, with biases; of each system that was solved the host learns
+ * how it went. */
+static void what_is_packed_leaves_as_codes(void **state)
+{
+    enum { HEADS = FAKE_LAYERS * KV, VERDICT = 12, SAID = 4 + 4 };
+    static const char *const policy[] = {"matching,rows=25%,shape=uniform,chunk=32,precision=int8",
+                                         "matching,rows=25%,shape=uniform,chunk=32,precision=int4",
+                                         "kvzip,rows=25%,shape=uniform,chunk=32,precision=int4"};
+
+    (void)state;
+    for (int p = 0; p < 3; p++) {
+        enum kv_dtype t = p ? KV_INT4 : KV_INT8;
+        uint64_t bytes = check_policy(policy[p]), expect = HEADS * SAID;
+
+        for (int i = 0; i < HEADS; i++) {
+            uint32_t n = got.n[i / KV][i % KV];
+
+            expect += tile_bytes_k(t, n, FAKE_HEAD_DIM) + tile_bytes_v(t, n, FAKE_HEAD_DIM);
+            expect += n * (p < 2 ? 8 : 4); /* its number, and its bias */
+        }
+        assert_int_equal(fake.kernels[CUDA_MATCH_REDUCE] > 0, p < 2);
+        assert_int_equal(bytes, expect + fake.kernels[CUDA_MATCH_REDUCE] * KV * VERDICT);
+    }
+}
+
 static void passes_with_a_replay_keep_the_rows_that_ref_keeps(void **state)
 {
     (void)state;
     check_policy("kvzip+,rows=25%,shape=uniform");
     check_policy("kvzip,rows=30,shape=layer,chunk=40");
     check_policy("matching,rows=25%,shape=uniform,chunk=32");
+    check_policy("matching,rows=all,shape=uniform,chunk=32,precision=int4");
+    check_policy("matching,rows=25%,shape=layer,precision=int8");
     check_policy("kvzip,rows=25%,shape=uniform,precision=int4");
+}
+
+/* A call of the device fails at its at-th use; true: it is not used so often. */
+static bool fail_once(const char *policy, enum fake_call call, long at)
+{
+    struct model m = fake_model();
+    struct engine_result r = {0};
+    struct larder_err e = {0, ""};
+    struct backend *b;
+    int rc;
+
+    m.p.geom.n_layers = 1;
+    fake_reset();
+    b = open_on(&backend_cuda, &m, KV_F32);
+    fake.count[call] = 0;
+    fake.fail = call;
+    fake.fail_at = at;
+    fake.fail_rc = call == FAKE_ALLOC ? CUDA_OUT_OF_MEMORY : 700;
+    rc = prefill(b, policy, 24, &got, &r, &e);
+    engine_result_done(&r);
+    close_clean(b);
+    if (!rc && fake.count[call] < at)
+        return true;
+    if (call == FAKE_ALLOC || call == FAKE_PIN)
+        assert_int_equal(rc, LARDER_ENOMEM);
+    else if (call != FAKE_MARK) /* a weight's is only looked at when it is missed */
+        assert_true(rc == LARDER_EBACKEND && strstr(e.msg, "illegal memory access"));
+    return false;
 }
 
 /* Each call of the device fails once: the error is told, nothing leaks. */
 static void every_failure_of_the_device_ends_the_job_cleanly(void **state)
 {
+    static const char *const policy[] = {"kvzip,rows=50%,shape=uniform,chunk=16",
+                                         "matching,rows=50%,shape=uniform,chunk=16,precision=int8"};
     const enum fake_call calls[] = {FAKE_ALLOC, FAKE_PIN,  FAKE_COPY, FAKE_MARK,  FAKE_ZERO,
-                                    FAKE_WAIT,  FAKE_SYNC, FAKE_GEMM, FAKE_LAUNCH};
-    struct model m = fake_model();
+                                    FAKE_WAIT,  FAKE_SYNC, FAKE_GEMM, FAKE_SOLVE, FAKE_LAUNCH};
 
     (void)state;
-    m.p.geom.n_layers = 1;
-    for (size_t c = 0; c < sizeof calls / sizeof *calls; c++)
-        for (long at = 1;; at += 1 + (calls[c] == FAKE_ALLOC ? at / 8 : at)) {
-            struct engine_result r = {0};
-            struct larder_err e = {0, ""};
-            struct backend *b;
-            int rc;
-
-            fake_reset();
-            b = open_on(&backend_cuda, &m, KV_F32);
-            fake.count[calls[c]] = 0;
-            fake.fail = calls[c];
-            fake.fail_at = at;
-            fake.fail_rc = calls[c] == FAKE_ALLOC ? CUDA_OUT_OF_MEMORY : 700;
-            rc = prefill(b, "kvzip,rows=50%,shape=uniform,chunk=16", 24, &got, &r, &e);
-            engine_result_done(&r);
-            close_clean(b);
-            if (!rc && fake.count[calls[c]] < at)
-                break;
-            if (calls[c] == FAKE_ALLOC || calls[c] == FAKE_PIN)
-                assert_int_equal(rc, LARDER_ENOMEM);
-            else if (calls[c] != FAKE_MARK) /* a weight's is only looked at when it is missed */
-                assert_true(rc == LARDER_EBACKEND && strstr(e.msg, "illegal memory access"));
-        }
+    for (size_t p = 0; p < sizeof policy / sizeof *policy; p++)
+        for (size_t c = 0; c < sizeof calls / sizeof *calls; c++)
+            for (long at = 1; !fail_once(policy[p], calls[c], at);)
+                at += 1 + (calls[c] == FAKE_ALLOC && !p ? at / 8 : at);
 }
 
 int main(void)
@@ -328,6 +370,7 @@ int main(void)
         cmocka_unit_test(scores_do_not_depend_on_what_fits),
         cmocka_unit_test(what_is_not_finite_reaches_the_scores),
         cmocka_unit_test(only_what_is_kept_leaves),
+        cmocka_unit_test(what_is_packed_leaves_as_codes),
         cmocka_unit_test(passes_with_a_replay_keep_the_rows_that_ref_keeps),
         cmocka_unit_test(every_failure_of_the_device_ends_the_job_cleanly),
     };

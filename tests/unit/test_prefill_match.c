@@ -257,6 +257,22 @@ static void model_fit(const struct layer_data *l, const struct part *u, int g, c
             f->v[a][c] = l->v[g][keep[a]][c] + s.x[a][c];
 }
 
+/* Rows keep[t] of one KV head, as they are: gathered, and fitted. */
+static void fit_head(struct match *m, const struct match_opts *o, const struct layer_data *l,
+                     uint32_t g, const uint32_t *keep, uint32_t t, float *v, float *bias)
+{
+    struct kept_rows heads[FAKE_KV_HEADS] = {{0}};
+    float k[DOC * D], rows[DOC * D], same[DOC * D];
+
+    for (uint32_t i = 0; i < t; i++) {
+        memcpy(k + i * D, l->k[g][keep[i]], D * sizeof *k);
+        memcpy(rows + i * D, l->v[g][keep[i]], D * sizeof *rows);
+    }
+    heads[g] = (struct kept_rows){t, keep, k, rows, NULL, KV_F32};
+    assert_int_equal(match_fit(m, o, heads, same, v, bias, NULL), 0);
+    assert_memory_equal(same, k, t * D * sizeof *k);
+}
+
 /* T rows of a part, where `span` document rows are fitted together. */
 static void check_fit(const struct part *u, uint32_t span, bool with_bias, uint32_t threads)
 {
@@ -266,18 +282,18 @@ static void check_fit(const struct part *u, uint32_t span, bool with_bias, uint3
     struct match_opts o = {KV_BF16, with_bias};
     struct replay_rows x = l->x;
     struct match *m = NULL;
-    const float *score;
     float v[DOC * D], bias[DOC];
+    double score[FAKE_KV_HEADS * DOC];
     uint32_t keep[T];
     struct fitted want;
 
     for (uint32_t i = 0; i < T; i++)
         keep[i] = u->row + (u->n_rows < 4 * T ? 2 * i : i * 4 + i % 3);
     assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
-    assert_int_equal(match_layer(m, &x, l->v, &score, NULL), 0);
+    assert_int_equal(match_layer(m, &x, l->v, score, NULL), 0);
     x = (struct replay_rows){NULL}; /* fits must not need the caller's struct again */
     for (uint32_t g = 0; g < FAKE_KV_HEADS; g++) {
-        assert_int_equal(match_fit(m, &o, g, keep, T, v, bias, NULL), 0);
+        fit_head(m, &o, l, g, keep, T, v, bias);
         model_fit(l, u, (int)g, keep, with_bias, &want);
         for (int i = 0; i < T; i++) {
             assert_true(fabs(bias[i] - want.bias[i]) <= 0.02 * (1 + fabs(want.bias[i])));
@@ -312,12 +328,12 @@ static void check_scores(const struct part *u, uint32_t span)
     struct backend *b = open_backend(&model, 3);
     uint32_t every[DOC];
     struct match *m = NULL;
-    const float *score;
+    double score[FAKE_KV_HEADS * DOC];
 
     for (uint32_t i = 0; i < DOC; i++)
         every[i] = i;
     assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
-    assert_int_equal(match_layer(m, &l->x, l->v, &score, NULL), 0);
+    assert_int_equal(match_layer(m, &l->x, l->v, score, NULL), 0);
     for (int g = 0; g < FAKE_KV_HEADS; g++) {
         double want[DOC] = {0}, p[DOC], y[D];
 
@@ -357,11 +373,11 @@ static void fits_do_not_depend_on_threads(void **state)
             struct backend *b = open_backend(&model, i ? 4 : 1);
             struct match_opts o = {KV_INT4, true};
             struct match *m = NULL;
-            const float *score;
+            double score[FAKE_KV_HEADS * DOC];
 
             assert_int_equal(match_open(&m, b, &l->r, span, NULL), 0);
-            assert_int_equal(match_layer(m, &l->x, l->v, &score, NULL), 0);
-            assert_int_equal(match_fit(m, &o, 1, keep, 40, v[i], bias[i], NULL), 0);
+            assert_int_equal(match_layer(m, &l->x, l->v, score, NULL), 0);
+            fit_head(m, &o, l, 1, keep, 40, v[i], bias[i]);
             match_close(m);
             b->ops->close(b);
             if (i) {
