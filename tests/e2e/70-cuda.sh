@@ -70,5 +70,31 @@ answers() {
 claim "a question to the image is answered as one to the document" answers
 larder put "$dir/text" --name packed --policy full,precision=int4 --wait >/dev/null
 claim "and one to packed rows" ask packed
+
+# The default policy, every step of it: calibrated shares, replay, fit, four bits, certificate
+head -c 200 README.md >"$dir/long"
+certificate() { # PROGRAM BACKEND
+    "$1" trace --model "$dir/m/tiny.gguf" --backend "$2" --dtype f32 --file "$dir/long" --policy offline,rows=25% \
+        --profile "$dir/profile" --json
+}
+agrees() {
+    "$build/shim/larder-prefill-cuda" calibrate --model "$dir/m/tiny.gguf" --backend cuda --dtype f32 --no-builtin \
+        "$dir/long" >"$dir/profile" &&
+        certificate "$build/larder-prefill" cpu >"$dir/a" &&
+        certificate "$build/shim/larder-prefill-cuda" cuda >"$dir/b" &&
+        python3 - "$dir/a" "$dir/b" <<'PY'
+import json
+import sys
+a, b = (json.loads(open(f).read().splitlines()[-1]) for f in sys.argv[1:])
+x, y = a["certificate"]["kl"], b["certificate"]["kl"]
+if a["rows"] != b["rows"] or abs(x - y) > 1e-3 * x:
+    sys.exit("cpu %g, cuda %g, the same rows: %s" % (x, y, a["rows"] == b["rows"]))
+PY
+}
+claim "the default policy keeps the rows, and earns the certificate, that it does on the CPU" agrees
+stores() { larder put "$dir/long" --name long --policy offline,rows=50% --wait; }
+"$dir/bin/larder" calibrate tiny --no-builtin "$dir/long" >/dev/null # as ask does
+claim "a document is stored by the default policy with a budget of its own" stores
+claim "a question to fitted rows in four bits is answered" ask long
 stop_daemon
 exit $rc
