@@ -23,6 +23,8 @@ SHAPE = {"layers": 32, "hidden": 4096, "ff": 14336, "heads": 32, "kv_heads": 8, 
          "vocab": 128256}
 WINDOW = "snapkv,rows=25%"
 CUT = "asl,rows=25%,select=2048"
+REPLAY = "kvzip,rows=25%,shape=uniform"
+FIT = "matching,rows=25%,shape=uniform,precision=int4"  # the default policy, without its profile
 
 
 def say(stage, parameter, value, unit):
@@ -67,7 +69,7 @@ def prefill(args, ids, n, stream):
     """Milliseconds by policy."""
     how = "streamed" if stream else "resident"
     # neighbours that could share a pass would: the cut stands between them
-    policies = ["full", CUT, WINDOW, CUT]
+    policies = ["full", CUT, WINDOW, CUT, REPLAY, CUT, FIT, CUT]
     words = ["trace", "--tokens", ids] + (["--stream"] if stream else [])
     for p in policies * args.runs:
         words += ["--policy", p]
@@ -85,6 +87,7 @@ def prefill(args, ids, n, stream):
         "TFLOP/s")
     say("scoring", "window scores and rows %d %s" % (n, how),
         "%.1f" % (took[WINDOW] - took["full"]), "ms")
+    say("fitting", "and packing %d %s" % (n, how), "%.1f" % (took[FIT] - took[REPLAY]), "ms")
     say("cut", "asl against full %d %s" % (n, how), "%.2f" % (took["full"] / took[CUT]), "times")
     device = answers[-1]["device"]
     for key in ("planned_bytes", "peak_bytes"):
