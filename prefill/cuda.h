@@ -99,6 +99,7 @@ struct cuda_weights_size {
 struct cuda_plan {
     uint64_t hidden, kv, weights, workspace;
     uint64_t chosen; /* scores, ranks, and the rows that leave, at most */
+    uint64_t held;   /* stored rows of sessions */
     uint64_t total;
     bool resident;
 };
@@ -106,9 +107,9 @@ struct cuda_plan {
 int cuda_weights_size(const struct model *m, enum kv_dtype elem, struct cuda_weights_size *ret,
                       struct larder_err *e);
 bool cuda_plan_resident(const struct cuda_weights_size *w, uint32_t n_layers, uint64_t free_bytes);
-/* What n rows take at their peak. */
+/* What n rows take at their peak, beside `held` bytes. */
 struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_weights_size *w,
-                                enum kv_dtype elem, bool resident, uint64_t n);
+                                enum kv_dtype elem, bool resident, uint64_t n, uint64_t held);
 /* LARDER_ENOMEM, with every part of the plan, unless it fits. */
 int cuda_plan_check(const struct cuda_plan *plan, uint64_t n, const struct cuda_info *info,
                     struct larder_err *e);
@@ -287,6 +288,8 @@ int cuda_read_norm(struct cuda_backend *b, uint32_t layer, enum model_weight whi
 
 int cuda_hold(struct backend *b, const struct past_rows *past, struct larder_err *e);
 void cuda_hold_end(struct backend *b, const struct past_rows *past);
+/* Bytes of all rows that are held. */
+uint64_t cuda_held(const struct cuda_backend *b);
 /* Table [n_kv_heads] of a layer's rows on the device, for what comes next on CUDA_COMPUTE. */
 int cuda_past_find(struct cuda_backend *b, const struct past_rows *past, struct cuda_past **ret,
                    struct larder_err *e);

@@ -75,21 +75,23 @@ static int hidden_in(struct cuda_backend *b, const float *hidden, uint32_t n, bo
     return cuda_source(b, hidden, ROOM_HIDDEN, bytes, writes, ret, e);
 }
 
-/* Once for each larger n: does it fit at all? */
+/* Once for each larger n, and where sessions hold more than then: does it fit at all? */
 static int plan_rows(struct cuda_backend *b, uint64_t n, struct larder_err *e)
 {
+    uint64_t held = cuda_held(b);
     struct cuda_plan plan;
     int rc;
 
-    if (n <= b->planned_rows)
+    if (n <= b->planned_rows && held <= b->plan.held)
         return 0;
-    plan = cuda_plan_rows(b->base.p, &b->size, b->base.elem, b->resident, n);
+    plan = cuda_plan_rows(b->base.p, &b->size, b->base.elem, b->resident, n, held);
     rc = cuda_plan_check(&plan, n, &b->info, e);
     if (rc)
         return rc;
     b->plan = plan;
     b->planned_rows = n;
-    b->base.device_planned = plan.total;
+    if (plan.total > b->base.device_planned)
+        b->base.device_planned = plan.total;
     return 0;
 }
 

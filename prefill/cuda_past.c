@@ -225,6 +225,16 @@ void cuda_hold_end(struct backend *base, const struct past_rows *past)
     }
 }
 
+uint64_t cuda_held(const struct cuda_backend *b)
+{
+    const struct kv_geom *g = &b->base.p->geom;
+    uint64_t bytes = 0;
+
+    for (const struct cuda_hold *h = b->holds; h; h = h->next)
+        bytes += h->bytes + (uint64_t)g->n_layers * g->n_kv_heads * sizeof *h->device;
+    return bytes;
+}
+
 static uint32_t layer_of(const struct cuda_backend *b, const struct cuda_hold *h,
                          const struct past_rows *past)
 {

@@ -2,7 +2,8 @@
  *
  * The one idea: prefill is layer-major, so the peak is hidden states, one layer's Q, K, V and O,
  * two layers of weights (all of them when they stay), the workspace of a block of rows, and what a
- * policy chooses with: scores and lists, and at most all rows once more, fitted and packed. */
+ * policy chooses with: scores and lists, and at most all rows once more, fitted and packed. What
+ * sessions hold comes on top. */
 #include "cuda.h"
 
 #define TOKEN_BYTES 40u /* a sum over the heads and ranks of eight layers */
@@ -45,13 +46,13 @@ bool cuda_plan_resident(const struct cuda_weights_size *w, uint32_t n_layers, ui
 }
 
 struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_weights_size *w,
-                                enum kv_dtype elem, bool resident, uint64_t n)
+                                enum kv_dtype elem, bool resident, uint64_t n, uint64_t held)
 {
     const struct kv_geom *g = &p->geom;
     uint64_t bytes = kv_dtype_bytes(elem), rows = n < CUDA_ROWS ? n : CUDA_ROWS;
     uint64_t q = (uint64_t)g->n_heads * g->head_dim, kv = (uint64_t)g->n_kv_heads * g->head_dim;
     uint64_t wide = larger(q + 2 * kv, 2ull * p->n_ff);
-    struct cuda_plan plan = {.resident = resident};
+    struct cuda_plan plan = {.resident = resident, .held = held};
 
     plan.hidden = n * p->n_hidden * sizeof(float);
     plan.kv = n * 2 * (q + kv) * bytes; /* Q and O, K and V */
@@ -61,7 +62,7 @@ struct cuda_plan cuda_plan_rows(const struct model_params *p, const struct cuda_
     plan.chosen =
         n * (kv * (2 * bytes + FIT_BYTES) + TOKEN_BYTES + (uint64_t)g->n_heads * SUM_BYTES +
              g->n_kv_heads * (sizeof(double) + sizeof(uint32_t)));
-    plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace + plan.chosen;
+    plan.total = plan.hidden + plan.kv + plan.weights + plan.workspace + plan.chosen + held;
     return plan;
 }
 
@@ -74,9 +75,9 @@ int cuda_plan_check(const struct cuda_plan *plan, uint64_t n, const struct cuda_
         return 0;
     return larder_fail(e, LARDER_ENOMEM,
                        "%llu tokens need %llu MiB of device memory (hidden states %llu, rows of a "
-                       "layer %llu, weights %llu, workspace %llu, kept rows %llu) and %.60s had "
-                       "%llu MiB free; shorten the document",
+                       "layer %llu, weights %llu, workspace %llu, kept rows %llu, rows of sessions "
+                       "%llu) and %.60s had %llu MiB free; shorten the document, or end sessions",
                        (unsigned long long)n, plan->total / mib, plan->hidden / mib, plan->kv / mib,
-                       plan->weights / mib, plan->workspace / mib, plan->chosen / mib, info->name,
-                       info->free / mib);
+                       plan->weights / mib, plan->workspace / mib, plan->chosen / mib,
+                       plan->held / mib, info->name, info->free / mib);
 }

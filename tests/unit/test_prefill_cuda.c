@@ -434,6 +434,47 @@ static void a_document_that_does_not_fit_is_refused_with_its_plan(void **state)
     close_clean(b);
 }
 
+/* Rows that sessions hold are memory that a prefill does not have. */
+static void what_sessions_hold_is_planned_for(void **state)
+{
+    enum { ROWS = 4096 };
+    static float rows[ROWS * FAKE_HEAD_DIM];
+    struct past_rows past[FAKE_LAYERS * FAKE_KV_HEADS];
+    struct model m = fake_model();
+    struct engine_result r = {0};
+    struct larder_err e = {0, ""};
+    struct backend *b;
+    uint64_t alone, held;
+
+    (void)state;
+    fake_reset();
+    for (int i = 0; i < FAKE_LAYERS * FAKE_KV_HEADS; i++)
+        past[i] = (struct past_rows){ROWS, KV_F32, rows, rows, NULL, NULL};
+    b = open_cuda(&m, KV_F32);
+    assert_int_equal(prefill(b, "full", N, &got_rows, &r, &e), 0);
+    engine_result_done(&r);
+    alone = b->device_planned;
+    assert_int_equal(b->ops->hold(b, past, &e), 0);
+    held = cuda_held(cuda_of(b));
+    assert_true(held >= 2ull * FAKE_LAYERS * FAKE_KV_HEADS * sizeof rows);
+    assert_int_equal(prefill(b, "full", N, &got_rows, &r, &e), 0); /* no more rows than before */
+    engine_result_done(&r);
+    assert_int_equal(b->device_planned, alone + held);
+    assert_true(b->device_planned >= b->device_peak);
+    b->ops->hold_end(b, past);
+    assert_int_equal(cuda_held(cuda_of(b)), 0);
+    cuda_of(b)->info.free = alone + 1; /* enough for the next document, if nobody holds anything */
+    cuda_of(b)->planned_rows = 0;
+    cuda_of(b)->plan.held = 0;
+    assert_int_equal(b->ops->hold(b, past, &e), 0);
+    assert_int_equal(prefill(b, "full", N, &got_rows, &r, &e), LARDER_ENOMEM);
+    assert_non_null(strstr(e.msg, "rows of sessions 16"));
+    b->ops->hold_end(b, past);
+    assert_int_equal(prefill(b, "full", N, &got_rows, &r, &e), 0);
+    engine_result_done(&r);
+    close_clean(b);
+}
+
 /* Each call of the device fails once, at each of its uses: the error is told, nothing leaks. */
 static void every_failure_of_the_device_ends_the_job_cleanly(void **state)
 {
@@ -524,16 +565,16 @@ static void the_plan_of_a_large_model(void **state)
     struct cuda_info small = {.name = "a small card", .free = 8ull << 30};
 
     (void)state;
-    a = cuda_plan_rows(&p, &w, KV_BF16, false, 131072);
+    a = cuda_plan_rows(&p, &w, KV_BF16, false, 131072, 0);
     assert_int_equal(a.hidden, 131072ull * 4096 * 4);
     assert_int_equal(a.kv, 131072ull * 2 * (4096 + 1024) * 2);
     assert_int_equal(a.weights, (130ull + 2 * 436) << 20);
     assert_int_equal(a.chosen, 131072ull * (1024 * (2 * 2 + 14) + 40 + 32 * 8 + 8 * 12));
     assert_int_equal(a.total, a.hidden + a.kv + a.weights + a.workspace + a.chosen);
-    b = cuda_plan_rows(&p, &w, KV_BF16, true, 131072);
+    b = cuda_plan_rows(&p, &w, KV_BF16, true, 131072, 0);
     assert_int_equal(b.total - a.total, (30 * 436ull + 1002) << 20);
     assert_true(a.workspace < 2ull << 30);
-    a = cuda_plan_rows(&p, &w, KV_BF16, false, 1u << 22); /* 4 million: beyond 32 bits */
+    a = cuda_plan_rows(&p, &w, KV_BF16, false, 1u << 22, 0); /* 4 million: beyond 32 bits */
     assert_int_equal(a.hidden, 1ull << 36);
     assert_int_equal(cuda_plan_check(&a, 1u << 22, &small, &e), LARDER_ENOMEM);
     assert_non_null(strstr(e.msg, "a small card had 8192 MiB free"));
@@ -592,6 +633,7 @@ int main(void)
         cmocka_unit_test(a_buffer_is_copied_only_when_the_other_side_changed_it),
         cmocka_unit_test(what_cannot_be_done_is_said_at_the_start),
         cmocka_unit_test(a_document_that_does_not_fit_is_refused_with_its_plan),
+        cmocka_unit_test(what_sessions_hold_is_planned_for),
         cmocka_unit_test(every_failure_of_the_device_ends_the_job_cleanly),
         cmocka_unit_test(host_memory_that_is_out_is_an_error),
         cmocka_unit_test(the_plan_of_a_large_model),
