@@ -569,7 +569,7 @@ static void the_plan_of_a_large_model(void **state)
     assert_int_equal(a.hidden, 131072ull * 4096 * 4);
     assert_int_equal(a.kv, 131072ull * 2 * (4096 + 1024) * 2);
     assert_int_equal(a.weights, (130ull + 2 * 436) << 20);
-    assert_int_equal(a.chosen, 131072ull * (1024 * (2 * 2 + 14) + 40 + 32 * 8 + 8 * 12));
+    assert_int_equal(a.chosen, 131072ull * (1024 * (2 * 2 + 16) + 40 + 32 * 8 + 8 * 12));
     assert_int_equal(a.total, a.hidden + a.kv + a.weights + a.workspace + a.chosen);
     b = cuda_plan_rows(&p, &w, KV_BF16, true, 131072, 0);
     assert_int_equal(b.total - a.total, (30 * 436ull + 1002) << 20);
