@@ -42,7 +42,7 @@ struct device {
     cusolverDnHandle_t solver; /* made for the first system */
     void *workspace;
     struct shape shape[MAX_SHAPES];
-    uint32_t n_shapes;
+    uint32_t n_shapes, oldest; /* of them, which is forgotten for the next */
 };
 
 device *of(void *d)
@@ -81,6 +81,19 @@ const char *text(int rc)
 
 /* ---- open and close */
 
+void forget(struct shape *s)
+{
+    if (s->y)
+        cublasLtMatrixLayoutDestroy(s->y);
+    if (s->x)
+        cublasLtMatrixLayoutDestroy(s->x);
+    if (s->w)
+        cublasLtMatrixLayoutDestroy(s->w);
+    if (s->op)
+        cublasLtMatmulDescDestroy(s->op);
+    *s = {};
+}
+
 void close(void *p)
 {
     device *d = of(p);
@@ -88,12 +101,8 @@ void close(void *p)
     if (!d)
         return;
     cudaDeviceSynchronize();
-    for (uint32_t i = 0; i < d->n_shapes; i++) {
-        cublasLtMatmulDescDestroy(d->shape[i].op);
-        cublasLtMatrixLayoutDestroy(d->shape[i].w);
-        cublasLtMatrixLayoutDestroy(d->shape[i].x);
-        cublasLtMatrixLayoutDestroy(d->shape[i].y);
-    }
+    for (uint32_t i = 0; i < d->n_shapes; i++)
+        forget(&d->shape[i]);
     if (d->solver)
         cusolverDnDestroy(d->solver);
     if (d->lt)
@@ -341,19 +350,6 @@ int choose(device *d, struct shape *s)
     return rc;
 }
 
-void forget(struct shape *s)
-{
-    if (s->y)
-        cublasLtMatrixLayoutDestroy(s->y);
-    if (s->x)
-        cublasLtMatrixLayoutDestroy(s->x);
-    if (s->w)
-        cublasLtMatrixLayoutDestroy(s->w);
-    if (s->op)
-        cublasLtMatmulDescDestroy(s->op);
-    *s = {};
-}
-
 bool is_of(const struct shape *s, const struct cuda_gemm *g)
 {
     return s->n == g->n && s->n_in == g->n_in && s->n_out == g->n_out && s->bf16 == g->bf16 &&
@@ -373,10 +369,8 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
             *ret = &d->shape[i];
             return 0;
         }
-    if (d->n_shapes == MAX_SHAPES) /* the choice is a function of the shape: it comes out again */
-        forget(&d->shape[--d->n_shapes]);
-    s = &d->shape[d->n_shapes];
-    *s = {};
+    s = &d->shape[d->n_shapes < MAX_SHAPES ? d->n_shapes : d->oldest];
+    forget(s); /* the choice is a function of the shape: it comes out again */
     s->n = g->n;
     s->n_in = g->n_in;
     s->n_out = g->n_out;
@@ -398,7 +392,10 @@ int shape_of(device *d, const struct cuda_gemm *g, struct shape **ret)
         forget(s);
         return rc;
     }
-    d->n_shapes++;
+    if (d->n_shapes < MAX_SHAPES)
+        d->n_shapes++;
+    else
+        d->oldest = (d->oldest + 1) % MAX_SHAPES;
     *ret = s;
     return 0;
 }

@@ -10,7 +10,6 @@
 #include "cuda.h"
 #include "engine.h"
 #include "match.h"
-#include "mul.h"
 #include "select_ops.h"
 
 #define BIAS_COLUMNS 16u /* behind the matrix: the mass, and what aligned rows need */
@@ -364,7 +363,7 @@ static int fit_part(struct fit *f, struct larder_err *e)
         return 0;
     a->n_rows = f->part->n_rows;
     a->sums = f->sums + 2ull * f->part->first;
-    a->t_pad = mul_padded(most);
+    a->t_pad = blocks(most, CUDA_MATCH_PAD) * CUDA_MATCH_PAD;
     n_batch = batch_of(f);
     n_batch = n_batch < n_kv ? n_batch : n_kv;
     rc = cuda_room(f->b, ROOM_LOGIT, lay_out(a, n_batch, f->n_now, NULL), &room, e);

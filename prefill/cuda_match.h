@@ -2,8 +2,8 @@
  *
  * The part of cuda_kernel.h that belongs to cuda_match.c. A fit is of a part of the document
  * (select_ops.h) and of n_batch KV heads from head0 on; a KV head has group * n_now queries at
- * once: of each of its query heads the replay rows row0 .. row0 + n_now - 1 of the part. Of its
- * kept rows in the part, t, matrices have t_pad, by sixteens; those that do not exist are zeros.
+ * once: of each of its query heads the replay rows row0 .. row0 + n_now - 1 of the part. Matrices
+ * have t_pad rows, more than any head's t kept ones of the part; those that do not exist are zeros.
  */
 #ifndef LARDER_CUDA_MATCH_H
 #define LARDER_CUDA_MATCH_H
@@ -14,6 +14,7 @@
 extern "C" {
 #endif
 
+#define CUDA_MATCH_PAD 64u  /* rows of matrices come by so many: few shapes of products */
 #define CUDA_MATCH_WARPS 8u /* queries of a block of CUDA_MATCH_WEIGH */
 
 /* CUDA_WIDEN: to[h][i][c] = scale * from[head0 + h][row0 + i][c], of T. */

@@ -7,8 +7,9 @@
 #include "cuda.h"
 
 #define TOKEN_BYTES 40u /* a sum over the heads and ranks of eight layers */
-#define FIT_BYTES 16u   /* an element of K and one of V, fitted: both, and K as it will be read back, in
-                         * f32; tiles, of K two; ranges */
+/* An element of K and one of V, fitted: both, and K as it will be read back, in f32; tiles, of K
+ * two; ranges */
+#define FIT_BYTES 16u
 #define SUM_BYTES 8u /* of a row and a query head: what a fit needs of the replay */
 
 static uint64_t larger(uint64_t a, uint64_t b)
