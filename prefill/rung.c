@@ -7,19 +7,19 @@
 #include "packed.h"
 
 /* Fitted rows are packed where they are, or leave. */
-static void *fit_buffer(const struct rung *r, struct backend *b, uint64_t n, uint64_t size)
+static void *fit_buffer(const struct rung *r, uint64_t n, uint64_t size)
 {
-    return packed_type(r->policy->precision) ? backend_buffer_new(b, n, size)
-                                             : backend_staging_new(b, n, size);
+    return packed_type(r->policy->precision) ? backend_buffer_new(r->b, n, size)
+                                             : backend_staging_new(r->b, n, size);
 }
 
-static bool alloc_fit(struct rung *r, struct backend *b)
+static bool alloc_fit(struct rung *r)
 {
     uint64_t n = r->keep.n_room ? r->keep.n_room : (uint64_t)r->geom->n_kv_heads * r->n;
 
-    r->fit_k = fit_buffer(r, b, n, r->geom->head_dim * sizeof *r->fit_k);
-    r->fit_v = fit_buffer(r, b, n, r->geom->head_dim * sizeof *r->fit_v);
-    r->bias = backend_staging_new(b, n, sizeof *r->bias);
+    r->fit_k = fit_buffer(r, n, r->geom->head_dim * sizeof *r->fit_k);
+    r->fit_v = fit_buffer(r, n, r->geom->head_dim * sizeof *r->fit_v);
+    r->bias = backend_staging_new(r->b, n, sizeof *r->bias);
     return r->fit_k && r->fit_v && r->bias;
 }
 
@@ -30,8 +30,8 @@ static int rung_open(struct rung *r, struct backend *b, const struct rung_want *
     uint32_t rows;
     int rc = policy_rows(p, &p->rows, n, &rows, e);
 
-    *r =
-        (struct rung){.policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
+    *r = (struct rung){
+        .b = b, .policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
     if (!rc)
         rc = keep_init(&r->keep, b, p, n, rows, e);
     r->packer.b = r->keep.stays ? b : NULL;
@@ -43,7 +43,7 @@ static int rung_open(struct rung *r, struct backend *b, const struct rung_want *
         return larder_fail(e, LARDER_EPOLICY,
                            "policy: fit needs a layer's rows while its queries are there, and "
                            "shape=global knows them only at the end; use shape=shares");
-    return alloc_fit(r, b) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
+    return alloc_fit(r) ? 0 : larder_fail(e, LARDER_ENOMEM, "no memory to match %u rows", n);
 }
 
 int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const struct rung_want *want,
@@ -62,12 +62,12 @@ int rungs_open(struct rung **ret, uint32_t *ret_n, struct backend *b, const stru
 void rungs_close(struct rung *r, uint32_t n_rungs)
 {
     for (uint32_t i = 0; i < n_rungs; i++) {
+        keep_done(&r[i].keep);
         hold_done(&r[i].hold);
         packer_done(&r[i].packer);
-        backend_buffer_free(r[i].keep.b, r[i].fit_k);
-        backend_buffer_free(r[i].keep.b, r[i].fit_v);
-        backend_buffer_free(r[i].keep.b, r[i].bias);
-        keep_done(&r[i].keep);
+        backend_buffer_free(r[i].b, r[i].fit_k);
+        backend_buffer_free(r[i].b, r[i].fit_v);
+        backend_buffer_free(r[i].b, r[i].bias);
     }
     mem_free(r);
 }
@@ -141,13 +141,12 @@ static int choose(struct rung *r, const struct layer_rows *x, struct match *m, s
 /* Fitted rows that nobody packs, and biases. */
 static int view_fitted(struct rung *r, struct larder_err *e)
 {
-    struct backend *b = r->keep.b;
-    int rc = backend_view(b, r->bias, VIEW_READ, e);
+    int rc = backend_view(r->b, r->bias, VIEW_READ, e);
 
     if (rc || packed_type(r->policy->precision))
         return rc;
-    rc = backend_view(b, r->fit_k, VIEW_READ, e);
-    return rc ? rc : backend_view(b, r->fit_v, VIEW_READ, e);
+    rc = backend_view(r->b, r->fit_k, VIEW_READ, e);
+    return rc ? rc : backend_view(r->b, r->fit_v, VIEW_READ, e);
 }
 
 static int hand_on(struct rung *r, struct larder_err *e)

@@ -25,6 +25,7 @@ struct rung_want {
 };
 
 struct rung {
+    struct backend *b;
     const struct policy *policy;
     const struct engine_sink *sink; /* NULL, or without layer(): rows go nowhere */
     const struct kv_geom *geom;
