@@ -26,30 +26,33 @@ B := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
 # for itself and its row only, so a forbidden include does not compile.
 MAY_base    :=
 MAY_store   := base
-MAY_prefill := base
+MAY_model   := base
+MAY_prefill := model base
+MAY_cuda    := prefill model base
 MAY_ipc     := base
-MAY_client  := base ipc
-MAY_daemon  := base store ipc
-MAY_tests   := base store ipc prefill client
-# The engine uses base alone; its program (main*.c) also speaks to the daemon.
-MAY_prefill_main := base ipc
+MAY_client  := ipc base
+MAY_daemon  := store ipc base
+# The engine does not know the daemon; its program (main*.c) speaks to it.
+MAY_prefill_main := model ipc base
 
-DIRS := base store prefill ipc client daemon
+DIRS := base store model prefill cuda ipc client daemon
+# A directory and its row, in the order in which their archives are linked.
+with = $1 $(MAY_$1)
 
-# ---- CUDA: device code and what talks to the driver is in prefill/cuda_*.cu and goes into
-# larder-prefill-cuda alone; the plain C around it is part of libprefill.a and tested everywhere.
+# ---- CUDA: device code and what talks to the driver is in cuda/*.cu; with the plain C around it,
+# which is compiled and tested everywhere, it goes into larder-prefill-cuda alone.
 CUDA ?=
 CUDA_HOME ?= /usr/local/cuda
 NVCC ?= $(CUDA_HOME)/bin/nvcc
 CUDA_ARCHS ?= 80 90 100 120
 comma_sm = -gencode arch=compute_$1,code=sm_$1
 # PTX of the oldest: kernels use nothing newer, and a GPU with no code of its own compiles it.
-nvflags = -std=c++17 -O3 -g -Werror all-warnings -Iprefill -Ibase \
+nvflags = -std=c++17 -O3 -g -Werror all-warnings $(addprefix -I,$(call with,cuda)) \
     $(foreach a,$(CUDA_ARCHS),$(call comma_sm,$a)) \
     -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS)) \
     -Xcompiler=-Wall,-Wextra,-fPIC,-fstack-protector-strong \
     $(if $(filter %_dequant.cu %_pack.cu %_select.cu,$1),--fmad=false)
-LIBS_cuda := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcusolver -lstdc++
+LIBS_toolkit := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcusolver -lstdc++
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes \
         -Wvla -Wwrite-strings -Wundef -Wformat=2 -Werror
@@ -75,7 +78,9 @@ pkg = $(shell pkg-config --libs $1 2>/dev/null || echo -l$(subst lib,,$1))
 LIBS_base    := -lcrypto
 LIBS_store   := -llmdb -lzstd -lxxhash -lm $(LIBS_base)
 LIBS_ipc     := -ljansson $(LIBS_base)
-LIBS_prefill := -ldnnl -lgomp -lutf8proc -ljansson -lm $(LIBS_base)
+LIBS_model   := -lutf8proc -ljansson -lm $(LIBS_base)
+LIBS_prefill := -ldnnl -lgomp $(LIBS_model)
+LIBS_cuda    := $(LIBS_prefill) -lstdc++
 LIBS_client  := -ljansson
 LIBS_cli     := $(LIBS_client) -lz -lm $(LIBS_base)
 LIBS_daemon  := -levent_core -lsystemd $(LIBS_store) $(LIBS_ipc)
@@ -91,6 +96,8 @@ DAEMON_MAIN  := $(wildcard daemon/larderd.c)
 SRC_base    := $(call src,base)
 SRC_store   := $(call src,store)
 SRC_ipc     := $(call src,ipc)
+SRC_model   := $(call src,model)
+SRC_cuda    := $(call src,cuda)
 SRC_prefill := $(filter-out $(PREFILL_MAIN),$(call src,prefill))
 SRC_client  := $(filter-out $(CLI_SRC),$(call src,client))
 SRC_daemon  := $(filter-out $(DAEMON_MAIN),$(call src,daemon))
@@ -125,22 +132,23 @@ $$(call lib,$1): $$(call obj,$$(SRC_$1))
 endef
 $(foreach d,$(DIRS),$(eval $(call archive,$d)))
 
-# The libraries a directory's code links with: its own archive, then its row.
 archives = $(foreach d,$1,$(call lib,$d))
+# What larder-prefill is made of, beside its main*.c.
+ENGINE := $(call archives,prefill model ipc base)
 
-$(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,daemon store ipc base)
+$(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,$(call with,daemon))
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_daemon)
 
-$(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(call archives,prefill ipc base)
+$(B)/larder-prefill: $(call obj,$(PREFILL_MAIN)) $(ENGINE)
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc)
 
-CUDA_SRC := $(wildcard prefill/cuda_*.cu)
+CUDA_SRC := $(wildcard cuda/*.cu)
 CUDA_DIR := $(B)/cuda-$(subst $(eval ) ,-,$(strip $(CUDA_ARCHS)))
 CUDA_OBJ := $(patsubst %.cu,$(CUDA_DIR)/%.o,$(CUDA_SRC))
 
-$(CUDA_DIR)/%.o: %.cu $(wildcard prefill/cuda*.h prefill/cuda*.cuh tests/cuda/harness.h)
+$(CUDA_DIR)/%.o: %.cu $(wildcard cuda/*.h cuda/*.cuh tests/cuda/harness.h)
 	@mkdir -p $(@D)
 	@$(call say,NVCC,$<)
 	$(Q)$(NVCC) $(call nvflags,$<) $(if $(filter tests/%,$<),-Itests/cuda) -c -o $@ $<
@@ -151,13 +159,14 @@ $(B)/cuda/backend.o: prefill/backend.c
 	$(Q)$(CC) $(call cflags,$<) -DLARDER_CUDA -c -o $@ $<
 
 $(CUDA_DIR)/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o $(CUDA_OBJ) \
-        $(call archives,prefill ipc base)
+        $(call lib,cuda) $(ENGINE)
 	@$(call say,LD,$@)
-	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill) $(LIBS_ipc) $(LIBS_cuda)
+	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
+	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) $(LIBS_toolkit)
 $(B)/larder-prefill-cuda: $(CUDA_DIR)/larder-prefill-cuda
 	@cp $< $@
 
-$(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,client ipc base)
+$(B)/larder: $(call obj,$(CLI_SRC)) $(call archives,$(call with,client))
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_cli)
 
@@ -187,18 +196,11 @@ $(B)/examples/%: client/examples/%.c $(B)/liblarder.a
 # ---- tests: tests/unit/test_DIR_what.c links what DIR may use, and nothing else
 UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_*.c))
 unit_dir = $(word 2,$(subst _, ,$(notdir $1)))
-needs_base    := base
-needs_store   := store base
-needs_ipc     := ipc base
-needs_prefill := prefill base
-needs_client  := client ipc base
-needs_daemon  := daemon store ipc base
-
 .SECONDEXPANSION:
-$(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+$(B)/tests/test_%: tests/unit/test_%.c tests/unit/testlib.h $$(call archives,$$(call with,$$(firstword $$(subst _, ,$$*))))
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
-	$(Q)$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	$(Q)$(CC) $(must) $(CFLAGS) -Itests/unit $(addprefix -I,$(call with,$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    -Wl,--start-group $(filter %.a,$^) -Wl,--end-group $(LIBS_tests) $(LIBS_$(call unit_dir,$@)) -lm
 
 # Parts of the program `larder` that can be tested without running it.
@@ -208,11 +210,11 @@ $(B)/tests/test_client_eval $(B)/tests/test_client_export: $(B)/libcli.a
 $(B)/tests/test_client_eval $(B)/tests/test_client_export: LIBS_client := $(LIBS_cli)
 
 # The CUDA kernels, built for a processor, and a device that is host memory (tests/cuda).
-SHIM_OBJ := $(patsubst prefill/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \
+SHIM_OBJ := $(patsubst cuda/%.cu,$(B)/shim/%.o,$(filter-out %/cuda_driver.cu,$(CUDA_SRC))) \
             $(B)/shim/shim.o $(B)/shim/fake_device.o $(B)/shim/harness_host.o
 shim_flags = -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -MMD -MP \
-             $(if $(SAN),-fsanitize=$(SAN)) $(CFLAGS) -Itests/cuda -Iprefill -Ibase
-$(B)/shim/%.o: prefill/%.cu tests/cuda/shim.h
+             $(if $(SAN),-fsanitize=$(SAN)) $(CFLAGS) -Itests/cuda $(addprefix -I,$(call with,cuda))
+$(B)/shim/%.o: cuda/%.cu tests/cuda/shim.h
 	@mkdir -p $(@D)
 	$(Q)$(CXX) $(shim_flags) -include tests/cuda/shim.h -x c++ -c -o $@ $<
 $(B)/shim/shim.o: tests/cuda/shim.cc
@@ -220,45 +222,46 @@ $(B)/shim/shim.o: tests/cuda/shim.cc
 	$(Q)$(CXX) $(shim_flags) -c -o $@ $<
 $(B)/shim/%.o: tests/cuda/%.c
 	@mkdir -p $(@D)
-	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda -Iprefill -Ibase -c -o $@ $<
+	$(Q)$(CC) $(must) $(CFLAGS) -Itests/cuda $(addprefix -I,$(call with,cuda)) -c -o $@ $<
 $(B)/libcudashim.a: $(SHIM_OBJ)
 	@rm -f $@ && ar rcs $@ $^
 # larder-prefill-cuda on that device: what the program does, without a GPU.
 $(B)/shim/larder-prefill-cuda: $(call obj,$(PREFILL_MAIN)) $(B)/cuda/backend.o \
-        $(call archives,prefill ipc base) $(B)/libcudashim.a
+        $(call lib,cuda) $(ENGINE) $(B)/libcudashim.a
 	@$(call say,LD,$@)
 	$(Q)$(CC) $(ldmust) $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) \
 	    -Wl,--end-group $(LIBS_prefill) $(LIBS_ipc) -lstdc++
-CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_prefill_cuda*.c))
+CUDA_UNIT := $(patsubst tests/unit/%.c,$(B)/tests/%,$(wildcard tests/unit/test_cuda_*.c))
 $(CUDA_UNIT): $(B)/libcudashim.a tests/cuda/fake_device.h tests/cuda/cuda_fixture.h
 $(CUDA_UNIT): CFLAGS += -Itests/cuda
-$(CUDA_UNIT): LIBS_prefill += -lstdc++
 
 # The same kernel tests, and others, on a GPU.
 DEVICE_TESTS := $(addprefix $(CUDA_DIR)/test_,kernels select match pack device) $(CUDA_DIR)/bench_device
-device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda -Iprefill -Ibase $(ldmust) $(LDFLAGS) \
-    -o $@ $(filter %.c %.o %.a,$^) $(LIBS_tests) $(LIBS_prefill) $(LIBS_cuda)
-$(CUDA_DIR)/test_kernels $(CUDA_DIR)/test_select: $(CUDA_DIR)/test_%: tests/unit/test_prefill_cuda_%.c \
-        $(CUDA_DIR)/tests/cuda/harness_device.o $(CUDA_OBJ) $(call archives,prefill base)
+device_parts := $(CUDA_OBJ) $(call archives,$(call with,cuda))
+device_cc = $(CC) $(must) $(CFLAGS) -Itests/unit -Itests/cuda $(addprefix -I,$(call with,cuda)) $(ldmust) \
+    $(LDFLAGS) -o $@ $(filter %.c %.o,$^) -Wl,--start-group $(filter %.a,$^) -Wl,--end-group \
+    $(LIBS_tests) $(LIBS_cuda) $(LIBS_toolkit)
+$(CUDA_DIR)/test_kernels $(CUDA_DIR)/test_select: $(CUDA_DIR)/test_%: tests/unit/test_cuda_%.c \
+        $(CUDA_DIR)/tests/cuda/harness_device.o $(device_parts)
 	@$(call say,LD,$@)
 	$(Q)$(device_cc)
-$(CUDA_DIR)/test_match $(CUDA_DIR)/test_pack: $(CUDA_DIR)/test_%: tests/unit/test_prefill_cuda_%.c \
-        $(CUDA_OBJ) $(call archives,prefill base)
+$(CUDA_DIR)/test_match $(CUDA_DIR)/test_pack: $(CUDA_DIR)/test_%: tests/unit/test_cuda_%.c \
+        $(device_parts)
 	@$(call say,LD,$@)
 	$(Q)$(device_cc) -DLARDER_ON_GPU
-$(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c $(CUDA_OBJ) \
-        $(call archives,prefill base)
+$(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c \
+        $(device_parts)
 	@$(call say,LD,$@)
 	$(Q)$(device_cc)
 
 # tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
-needs_all := prefill client ipc base
+MAY_all   := prefill model client ipc base
 LIBS_all  := $(LIBS_prefill) $(LIBS_client)
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
-$(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(foreach d,$$(needs_$$(firstword $$(subst _, ,$$*))),$(B)/lib$$d.a)
+$(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(call archives,$$(filter-out all,$$(call with,$$(firstword $$(subst _, ,$$*)))))
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
-	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(needs_$(call unit_dir,$@))) $(ldmust) $(LDFLAGS) -o $@ $< \
+	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(filter-out all,$(call with,$(call unit_dir,$@)))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
 check: all $(UNIT) $(B)/shim/larder-prefill-cuda
@@ -301,10 +304,10 @@ check-models: all $(B)/shim/larder-prefill-cuda
 # Token ids against the reference implementations, 100,000 strings for each family of tokenizers;
 # the references come from PyPI and are not part of the tree. COUNT=1000 for a first look.
 COUNT ?= 100000
-$(B)/tests/encode: tests/tokenizers/encode.c $(call archives,prefill base)
+$(B)/tests/encode: tests/tokenizers/encode.c $(call archives,$(call with,model))
 	@mkdir -p $(@D)
 	@$(call say,LD,$@)
-	$(Q)$(CC) $(must) $(CFLAGS) -Iprefill -Ibase $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_prefill)
+	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(call with,model)) $(ldmust) $(LDFLAGS) -o $@ $^ $(LIBS_model)
 
 check-tokenizers: $(B)/tests/encode
 	COUNT=$(COUNT) tests/run.sh $(B) tokenizers

@@ -1,4 +1,4 @@
-/* shim.h - lets a C++ compiler build the kernels of prefill/cuda_*.cu for a processor.
+/* shim.h - lets a C++ compiler build the kernels, cuda_*.cu, for a processor.
  *
  * Every thread of a block is a fiber; a block runs until all of its fibers have ended. Barriers and
  * warp instructions are points where a fiber waits for the others, and matrix instructions

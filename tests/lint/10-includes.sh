@@ -6,7 +6,7 @@ rc=0
 
 # only HEADER-REGEX ALLOWED-PATH-REGEX NAME
 only() {
-    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] prefill/*.[ch] prefill/*.cu prefill/*.cuh ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
+    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] model/*.[ch] prefill/*.[ch] cuda/*.c* cuda/*.h ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
         grep -vE "$2")
     if [ -n "$bad" ]; then
         echo "not ok - $3 is included only where DESIGN.md allows it"
@@ -22,11 +22,11 @@ only 'zstd' '^store/' zstd
 only 'zlib\.h' '^client/cli_npz' zlib
 only 'xxhash' '^store/' xxhash
 only '(dnnl|oneapi)' '^prefill/cpu' oneDNN
-only 'utf8proc' '^prefill/' utf8proc
+only 'utf8proc' '^model/' utf8proc
 only 'event2?[/.]' '^daemon/' libevent
 only 'systemd/' '^daemon/' libsystemd
-only 'jansson\.h' '^(ipc|client|daemon)/|^prefill/(main|safetensors|hf_config|model_hf|tokenizer_json)' jansson
-only '(cu[a-z_]*(Lt|_v2|_runtime|_bf16)?\.h|mma\.h)' '^prefill/cuda_' CUDA
+only 'jansson\.h' '^(ipc|client|daemon)/|^prefill/main|^model/(safetensors|hf_config|model_hf|tokenizer_json)' jansson
+only '(cu[a-z_]*(Lt|_v2|_runtime|_bf16)?\.h|mma\.h)' '^cuda/.*\.cuh?$' CUDA
 only 'openssl/' '^base/sha256\.c$' libcrypto
 
 for s in MDB_NOSYNC MDB_NOMETASYNC MDB_WRITEMAP MDB_NORDAHEAD MDB_MAPASYNC; do

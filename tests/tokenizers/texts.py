@@ -102,7 +102,7 @@ class Source:
 def tree_files(root):
     """Texts of this tree, the same in every checkout of it."""
     out = []
-    for name in ("README.md", "DESIGN.md", "LICENSE", "ipc/PROTOCOL.md", "store/FORMAT.md", "prefill/gguf.c", "daemon/config.c",
+    for name in ("README.md", "DESIGN.md", "LICENSE", "ipc/PROTOCOL.md", "store/FORMAT.md", "model/gguf.c", "daemon/config.c",
                  "tests/golden/kvpress.py"):
         with open(os.path.join(root, name), encoding="utf-8") as f:
             out.append(f.read())

@@ -298,5 +298,5 @@ int main(void)
         cmocka_unit_test(host_memory_that_is_out_is_an_error),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda_decode", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/decode", tests, NULL, NULL);
 }

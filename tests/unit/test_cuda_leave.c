@@ -370,5 +370,5 @@ int main(void)
         cmocka_unit_test(scores_that_are_not_finite_end_the_job),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda_leave", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/leave", tests, NULL, NULL);
 }

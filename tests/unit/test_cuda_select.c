@@ -336,5 +336,5 @@ int main(void)
         cmocka_unit_test(rows_are_gathered_whole),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda_select", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/select", tests, NULL, NULL);
 }

@@ -218,5 +218,5 @@ int main(void)
     };
 
     skip_without_gpu();
-    return cmocka_run_group_tests_name("prefill/cuda_pack", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/pack", tests, NULL, NULL);
 }

@@ -640,5 +640,5 @@ int main(void)
         cmocka_unit_test(grids_cover_every_row_and_stay_within_limits),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/backend", tests, NULL, NULL);
 }

@@ -375,5 +375,5 @@ int main(void)
         cmocka_unit_test(every_failure_of_the_device_ends_the_job_cleanly),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda_replay", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/replay", tests, NULL, NULL);
 }

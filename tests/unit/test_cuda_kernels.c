@@ -733,5 +733,5 @@ int main(void)
         cmocka_unit_test(the_same_input_gives_the_same_bits),
     };
 
-    return cmocka_run_group_tests_name("prefill/cuda_kernels", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/kernels", tests, NULL, NULL);
 }

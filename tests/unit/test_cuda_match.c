@@ -437,5 +437,5 @@ int main(void)
     };
 
     skip_without_gpu();
-    return cmocka_run_group_tests_name("prefill/cuda_match", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("cuda/match", tests, NULL, NULL);
 }
