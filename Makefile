@@ -27,15 +27,16 @@ B := build$(if $(SAN),-$(subst $(comma),-,$(SAN)))
 MAY_base    :=
 MAY_store   := base
 MAY_model   := base
-MAY_prefill := model base
-MAY_cuda    := prefill model base
+MAY_compute := model base
+MAY_prefill := compute model base
+MAY_cuda    := prefill compute model base
 MAY_ipc     := base
 MAY_client  := ipc base
 MAY_daemon  := store ipc base
 # The engine does not know the daemon; its program (main*.c) speaks to it.
-MAY_prefill_main := model ipc base
+MAY_prefill_main := compute model ipc base
 
-DIRS := base store model prefill cuda ipc client daemon
+DIRS := base store model compute prefill cuda ipc client daemon
 # A directory and its row, in the order in which their archives are linked.
 with = $1 $(MAY_$1)
 
@@ -79,7 +80,8 @@ LIBS_base    := -lcrypto
 LIBS_store   := -llmdb -lzstd -lxxhash -lm $(LIBS_base)
 LIBS_ipc     := -ljansson $(LIBS_base)
 LIBS_model   := -lutf8proc -ljansson -lm $(LIBS_base)
-LIBS_prefill := -ldnnl -lgomp $(LIBS_model)
+LIBS_compute := -ldnnl -lgomp $(LIBS_model)
+LIBS_prefill := $(LIBS_compute)
 LIBS_cuda    := $(LIBS_prefill) -lstdc++
 LIBS_client  := -ljansson
 LIBS_cli     := $(LIBS_client) -lz -lm $(LIBS_base)
@@ -97,6 +99,7 @@ SRC_base    := $(call src,base)
 SRC_store   := $(call src,store)
 SRC_ipc     := $(call src,ipc)
 SRC_model   := $(call src,model)
+SRC_compute := $(call src,compute)
 SRC_cuda    := $(call src,cuda)
 SRC_prefill := $(filter-out $(PREFILL_MAIN),$(call src,prefill))
 SRC_client  := $(filter-out $(CLI_SRC),$(call src,client))
@@ -134,7 +137,7 @@ $(foreach d,$(DIRS),$(eval $(call archive,$d)))
 
 archives = $(foreach d,$1,$(call lib,$d))
 # What larder-prefill is made of, beside its main*.c.
-ENGINE := $(call archives,prefill model ipc base)
+ENGINE := $(call archives,prefill compute model ipc base)
 
 $(B)/larderd: $(call obj,$(DAEMON_MAIN)) $(call archives,$(call with,daemon))
 	@$(call say,LD,$@)
@@ -154,7 +157,7 @@ $(CUDA_DIR)/%.o: %.cu $(wildcard cuda/*.h cuda/*.cuh tests/cuda/harness.h)
 	$(Q)$(NVCC) $(call nvflags,$<) $(if $(filter tests/%,$<),-Itests/cuda) -c -o $@ $<
 
 # The list of backends, with cuda in it.
-$(B)/cuda/backend.o: prefill/backend.c
+$(B)/cuda/backend.o: compute/backend.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(call cflags,$<) -DLARDER_CUDA -c -o $@ $<
 
@@ -255,7 +258,7 @@ $(CUDA_DIR)/test_device $(CUDA_DIR)/bench_device: $(CUDA_DIR)/%: tests/cuda/%.c 
 	$(Q)$(device_cc)
 
 # tests/bench/bench_DIR_what.c likewise; bench_all_what.c is a decoder, client and engine in one.
-MAY_all   := prefill model client ipc base
+MAY_all   := prefill compute model client ipc base
 LIBS_all  := $(LIBS_prefill) $(LIBS_client)
 BENCH := $(patsubst tests/bench/%.c,$(B)/bench/%,$(wildcard tests/bench/bench_*.c))
 $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(call archives,$$(filter-out all,$$(call with,$$(firstword $$(subst _, ,$$*)))))

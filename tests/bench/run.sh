@@ -120,7 +120,7 @@ store_and_fetch() {
     measure cold_fetch.py --runs "$runs" --home "$dir/d" --name bench
     bench codec store_codec "$dir/d/store" bench
     bench image ipc_image
-    bench "step of a question" prefill_resume "$model" 2048 20
+    bench "step of a question" compute_resume "$model" 2048 20
 }
 
 # An image of about 64 KiB needs a smaller vocabulary than the model's: a synthetic entry.
@@ -170,7 +170,7 @@ for part in $parts; do
     entries) many_entries ;;
     prefill)
         # shellcheck disable=SC2086
-        bench limit prefill_gemm "$model" ${lengths//,/ }
+        bench limit compute_gemm "$model" ${lengths//,/ }
         measure prefill_peers.py --runs "$runs" --tokens "$lengths"
         ;;
     policies) measure policy_cost.py ;;

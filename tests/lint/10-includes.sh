@@ -6,7 +6,7 @@ rc=0
 
 # only HEADER-REGEX ALLOWED-PATH-REGEX NAME
 only() {
-    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] model/*.[ch] prefill/*.[ch] cuda/*.c* cuda/*.h ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
+    bad=$(grep -lE "^ *# *include *<$1" base/*.[ch] store/*.[ch] model/*.[ch] compute/*.[ch] prefill/*.[ch] cuda/*.c* cuda/*.h ipc/*.[ch] client/*.[ch] daemon/*.[ch] 2>/dev/null |
         grep -vE "$2")
     if [ -n "$bad" ]; then
         echo "not ok - $3 is included only where DESIGN.md allows it"
@@ -21,7 +21,7 @@ only 'lmdb\.h' '^store/' lmdb
 only 'zstd' '^store/' zstd
 only 'zlib\.h' '^client/cli_npz' zlib
 only 'xxhash' '^store/' xxhash
-only '(dnnl|oneapi)' '^prefill/cpu' oneDNN
+only '(dnnl|oneapi)' '^compute/cpu' oneDNN
 only 'utf8proc' '^model/' utf8proc
 only 'event2?[/.]' '^daemon/' libevent
 only 'systemd/' '^daemon/' libsystemd

@@ -122,5 +122,5 @@ int main(void)
         cmocka_unit_test(a_matrix_in_panels_times_its_own_transpose),
     };
 
-    return cmocka_run_group_tests_name("prefill/mul", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("compute/mul", tests, NULL, NULL);
 }
