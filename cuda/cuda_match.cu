@@ -8,11 +8,6 @@
 
 #define BLOCK CUDA_ROW_BLOCK
 
-PRIM bool is_finite(float x)
-{
-    return (prim_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
-
 template <typename T> __global__ void widen_kernel(struct cuda_widen_args a)
 {
     uint64_t n = a.n_heads * a.n * a.d;
@@ -86,22 +81,6 @@ __global__ void weigh_kernel(struct cuda_match_args a)
         p[j] *= den;
 }
 
-/* Sum over the block; the same in every thread. */
-PRIM double block_sum(double x)
-{
-    __shared__ double part[BLOCK];
-    uint32_t t = threadIdx.x;
-
-    part[t] = x;
-    for (uint32_t half = BLOCK / 2; half; half /= 2) {
-        __syncthreads();
-        if (t < half)
-            part[t] += part[t + half];
-    }
-    __syncthreads();
-    return part[0];
-}
-
 /* A row at a bound becomes an equation of its own, and what it says to others goes to their other
  * side. */
 __global__ void reduce_kernel(struct cuda_match_args a)
@@ -131,7 +110,7 @@ __global__ void reduce_kernel(struct cuda_match_args a)
             x[(uint64_t)c * a.t_pad] = row[a.t_pad + c];
         return;
     }
-    sum = block_sum(sum);
+    sum = prim_block_sum(sum);
     if (!threadIdx.x)
         x[0] = mine ? weight[i] : (float)((double)row[a.t_pad] + h->ridge - sum);
 }
@@ -151,7 +130,7 @@ __global__ void take_kernel(struct cuda_match_args a)
 
         if (!h->fresh && fixed[i])
             continue;
-        if (!is_finite(x))
+        if (!prim_finite(x))
             verdict->bad = 1;
         if (x < a.least || x > a.most) {
             bound = x < a.least ? a.least : a.most;
@@ -191,7 +170,7 @@ __global__ void values_kernel(struct cuda_match_args a)
         if (!h->active || a.verdict[b].indefinite || row >= h->t)
             continue;
         v = a.x[(b * a.d + c) * a.t_pad + row] - a.minus_v[i];
-        if (!is_finite(v))
+        if (!prim_finite(v))
             a.verdict[b].bad = 1;
         a.to_v[h->at * a.d + at] = v;
     }

@@ -33,11 +33,6 @@ PRIM float from_f16(uint32_t h)
     return prim_f16(bytes);
 }
 
-PRIM bool is_finite(float x)
-{
-    return (prim_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
-
 PRIM void put16(uint8_t *to, uint64_t i, uint32_t v)
 {
     to[2 * i] = (uint8_t)v;
@@ -132,7 +127,7 @@ template <typename T> __global__ void ranges_kernel(struct cuda_pack_args a)
         for (uint32_t r = first; r < end; r++) {
             float y = prim_load(x[(uint64_t)r * a.d + c]);
 
-            bad = bad || !is_finite(y);
+            bad = bad || !prim_finite(y);
             lo = y < lo ? y : lo;
             hi = y > hi ? y : hi;
         }
@@ -222,7 +217,7 @@ PRIM bool put_values(const struct cuda_pack_args *a, const struct cuda_pack_head
     for (uint32_t c = c0; c < c1; c++) {
         float y = prim_load(x[c]);
 
-        good = good && is_finite(y);
+        good = good && prim_finite(y);
         lo = y < lo ? y : lo;
         hi = y > hi ? y : hi;
     }

@@ -157,6 +157,28 @@ PRIM float prim_bf16(const uint8_t *p)
     return prim_float((uint32_t)p[0] << 16 | (uint32_t)p[1] << 24);
 }
 
+PRIM bool prim_finite(float x)
+{
+    return (prim_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+/* Sum over a block of CUDA_ROW_BLOCK threads, by halves: the same in every thread. */
+template <typename T> PRIM T prim_block_sum(T x)
+{
+    __shared__ T part[CUDA_ROW_BLOCK];
+    uint32_t t = threadIdx.x;
+
+    __syncthreads(); /* the last sum has been read */
+    part[t] = x;
+    for (uint32_t half = CUDA_ROW_BLOCK / 2; half; half /= 2) {
+        __syncthreads();
+        if (t < half)
+            part[t] += part[t + half];
+    }
+    __syncthreads();
+    return part[0];
+}
+
 PRIM uint64_t prim_thread(void)
 {
     return (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;

@@ -151,21 +151,11 @@ PRIM bool spread_of(const struct cuda_spread_args *a, uint64_t j, double *ret)
 /* Both sums over the block, into to[2]. */
 PRIM void block_sums(double x, double n, double *to)
 {
-    __shared__ double part[2][BLOCK];
-    uint32_t t = threadIdx.x;
-
-    part[0][t] = x;
-    part[1][t] = n;
-    for (uint32_t half = BLOCK / 2; half; half /= 2) {
-        __syncthreads();
-        if (t < half) {
-            part[0][t] += part[0][t + half];
-            part[1][t] += part[1][t + half];
-        }
-    }
-    if (!t) {
-        to[0] = part[0][0];
-        to[1] = part[1][0];
+    x = prim_block_sum(x);
+    n = prim_block_sum(n);
+    if (!threadIdx.x) {
+        to[0] = x;
+        to[1] = n;
     }
 }
 
@@ -194,20 +184,11 @@ __global__ void spread_sum_kernel(struct cuda_spread_args a)
 /* How many of x[m] have at least this key: the same in every thread. */
 PRIM uint32_t count_from(const double *x, uint32_t m, uint64_t key)
 {
-    __shared__ uint32_t part[BLOCK];
-    uint32_t t = threadIdx.x, n = 0;
+    uint32_t n = 0;
 
-    for (uint32_t j = t; j < m; j += BLOCK)
+    for (uint32_t j = threadIdx.x; j < m; j += BLOCK)
         n += key_of(x[j]) >= key;
-    __syncthreads(); /* the last count has been read */
-    part[t] = n;
-    for (uint32_t half = BLOCK / 2; half; half /= 2) {
-        __syncthreads();
-        if (t < half)
-            part[t] += part[t + half];
-    }
-    __syncthreads();
-    return part[0];
+    return prim_block_sum(n);
 }
 
 /* The largest key that at least k of x[m] have, or a lower one that exactly k have; k > 0. */

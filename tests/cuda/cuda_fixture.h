@@ -78,6 +78,31 @@ static inline void close_clean(struct backend *b)
 }
 #endif
 
+static inline float *random_rows(size_t n, float scale, uint64_t *seed)
+{
+    float *x = malloc((n + 1) * sizeof *x);
+
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = scale * test_randf(seed);
+    return x;
+}
+
+/* T holds the values of x afterwards. */
+static inline void *elements(float *x, size_t n, enum kv_dtype t)
+{
+    uint16_t *narrow = malloc(n * 4 + 4);
+
+    assert_non_null(narrow);
+    if (t == KV_F32)
+        return memcpy(narrow, x, n * 4);
+    for (size_t i = 0; i < n; i++) {
+        narrow[i] = f32_to_bf16(x[i]);
+        x[i] = bf16_to_f32(narrow[i]);
+    }
+    return narrow;
+}
+
 static inline void fill(float *x, size_t n, uint64_t *seed)
 {
     for (size_t i = 0; i < n; i++)

@@ -22,31 +22,6 @@ struct layer_rows {
     float *worth, *length;
 };
 
-/* T holds the values of x afterwards. */
-static void *elements(float *x, size_t n, enum kv_dtype t)
-{
-    uint16_t *narrow = malloc(n * 4);
-
-    assert_non_null(narrow);
-    if (t == KV_F32)
-        return memcpy(narrow, x, n * 4);
-    for (size_t i = 0; i < n; i++) {
-        narrow[i] = f32_to_bf16(x[i]);
-        x[i] = bf16_to_f32(narrow[i]);
-    }
-    return narrow;
-}
-
-static float *random_rows(size_t n, float scale, uint64_t *seed)
-{
-    float *x = malloc((n + 1) * sizeof *x);
-
-    assert_non_null(x);
-    for (size_t i = 0; i < n; i++)
-        x[i] = scale * test_randf(seed);
-    return x;
-}
-
 static struct layer_rows make_rows(uint32_t n_doc, uint32_t n_replay, uint32_t n_heads,
                                    uint32_t n_kv, uint32_t d, enum kv_dtype t)
 {
