@@ -1,4 +1,4 @@
-/* bench_device.c - what the card itself gives: cuBLAS' rate in bf16, and copies from the host.
+/* bench_device.c - what the card itself gives: cuBLAS' rate in bf16, and copies.
  *
  * Prints CSV: what, parameter, value, unit. Medians of 20 after 3 that do not count, of random
  * numbers: zeros run faster. Exit status 77: there is no GPU. */
@@ -82,7 +82,7 @@ static void bench_gemm(void *d, uint32_t n, uint32_t n_in, uint32_t n_out)
     cuda_device.release(d, y);
 }
 
-static void bench_copy(void *d, bool pinned)
+static void bench_copy(void *d, bool pinned, enum cuda_way way)
 {
     const uint64_t bytes = 256 << 20;
     double took[RUNS];
@@ -94,14 +94,17 @@ static void bench_copy(void *d, bool pinned)
     for (int i = -WARM; i < RUNS; i++) {
         double start = now();
 
-        must(cuda_device.copy(d, p, host, bytes, CUDA_TO_DEVICE, CUDA_COPY), "copy");
+        if (way == CUDA_TO_DEVICE)
+            must(cuda_device.copy(d, p, host, bytes, way, CUDA_COPY), "copy");
+        else
+            must(cuda_device.copy(d, host, p, bytes, way, CUDA_COPY), "copy");
         must(cuda_device.sync(d, CUDA_COPY), "copy");
         if (i >= 0)
             took[i] = now() - start;
     }
     qsort(took, RUNS, sizeof *took, ascending);
-    printf("copy to device,%s,%.1f,GB/s\n", pinned ? "pinned" : "pageable",
-           1e-9 * (double)bytes / took[RUNS / 2]);
+    printf("copy to %s,%s,%.1f,GB/s\n", way == CUDA_TO_DEVICE ? "device" : "host",
+           pinned ? "pinned" : "pageable", 1e-9 * (double)bytes / took[RUNS / 2]);
     cuda_device.release(d, p);
     if (pinned)
         cuda_device.unpin(d, host);
@@ -124,8 +127,9 @@ int main(void)
     bench_gemm(d, 4096, 14336, 4096);
     bench_gemm(d, 4096, 4096, 6144);
     bench_gemm(d, 8192, 8192, 8192);
-    bench_copy(d, true);
-    bench_copy(d, false);
+    bench_copy(d, true, CUDA_TO_DEVICE);
+    bench_copy(d, false, CUDA_TO_DEVICE);
+    bench_copy(d, true, CUDA_TO_HOST);
     cuda_device.close(d);
     return 0;
 }
