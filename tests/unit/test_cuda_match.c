@@ -289,6 +289,12 @@ static void fits_are_the_hosts(void **state)
         s.with_bias = i != 3;
         check(s);
     }
+    for (uint32_t group = 1; group <= 16; group *= 4) {
+        s = plain;
+        s.n_kv = 1;
+        s.n_heads = group;
+        check(s);
+    }
     s = plain;
     s.span = 0; /* all at once */
     check(s);

@@ -9,7 +9,7 @@
 #include "packed.h"
 #include "select_ops.h"
 
-enum { HEADS = 3, MOST = 300, WIDEST = 128 };
+enum { HEADS = 3, MOST = 4200, /* rows of all heads */ WIDEST = 128 };
 
 enum kind { RANDOM, CONSTANT, ZEROS, TINY, LARGE, HUGE_ONES, INFINITE, NOT_A_NUMBER, KINDS };
 
@@ -41,7 +41,7 @@ static float element(enum kind kind, uint32_t at, uint64_t *seed)
 struct rows {
     uint32_t n[HEADS], d;
     enum kv_dtype elem;
-    float x[HEADS * MOST * WIDEST];
+    float x[MOST * WIDEST];
     uint8_t *there; /* of the backend */
 };
 
@@ -92,7 +92,7 @@ static struct rows k, v;
 static void check(enum kv_dtype t, enum kv_dtype elem, const uint32_t *counts, uint32_t d,
                   enum kind kind)
 {
-    static uint8_t want[HEADS * MOST * WIDEST * 4];
+    static uint8_t want[MOST * WIDEST * 4];
     struct kept_rows heads[HEADS] = {{0}};
     struct pack_rows x = {.to = t, .heads = heads};
     uint64_t at = 0, bytes = 0, row = d * kv_dtype_bytes(elem);
@@ -148,6 +148,15 @@ static void tiles_are_the_hosts(void **state)
     for (int i = 0; i < 5 * 6 * 4; i++)
         check(i % 2 ? KV_INT8 : KV_INT4, i / 2 % 2 ? KV_BF16 : KV_F32, rows_of_heads[i / 24],
               dims[i / 4 % 6], RANDOM);
+}
+
+static void long_heads_are_packed_by_many_blocks(void **state)
+{
+    const uint32_t counts[] = {1, 4097, 33};
+
+    (void)state;
+    check(KV_INT8, KV_BF16, counts, 64, RANDOM);
+    check(KV_INT4, KV_F32, counts, 80, RANDOM);
 }
 
 static void so_are_tiles_of_odd_rows_and_verdicts(void **state)
@@ -213,6 +222,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(tiles_are_the_hosts),
+        cmocka_unit_test(long_heads_are_packed_by_many_blocks),
         cmocka_unit_test(so_are_tiles_of_odd_rows_and_verdicts),
         cmocka_unit_test(keys_are_read_back_as_by_the_host),
     };
