@@ -51,9 +51,10 @@ struct cuda_match_args {
     float *rows_k, *rows_v;             /* [n_batch][n_rows][d]: all of the part's */
     float *full;                        /* [n_batch][group * n_now][n_rows]: their probabilities */
     float *kept_k, *minus_v;            /* [n_batch][t_pad][d] */
-    float *p; /* [n_batch][group * n_now][wide]: probabilities of the kept rows and, from column
-                    * t_pad on, what they are to give: the mass, or what of the output is missing */
-    float *matrix;   /* [n_batch][t_pad][wide]: p p^T, and behind it the right-hand side */
+    /* [n_batch][group * n_now][wide]: probabilities of the kept rows and, from column t_pad on,
+     * what they are to give: the mass, or what of the output is missing */
+    float *p;
+    float *matrix;   /* [n_batch][t_pad][wide]: p^T p, and behind it the right-hand side */
     float *work;     /* [n_batch][t_pad][t_pad] */
     float *x;        /* [n_batch][d][t_pad]: solutions, of biases in the first row */
     float *weight;   /* [n_batch][t_pad]: e^bias */
