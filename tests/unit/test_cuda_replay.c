@@ -179,7 +179,7 @@ static void what_is_not_finite_reaches_the_scores(void **state)
 
 /* ---- whole passes */
 
-enum { N = 60, KV = FAKE_KV_HEADS, ROW = FAKE_HEAD_DIM * 4 };
+enum { N = 60, LAYERS = 3, KV = FAKE_KV_HEADS, ROW = FAKE_HEAD_DIM * 4 };
 
 struct kept {
     uint32_t n[FAKE_LAYERS][KV], pos[FAKE_LAYERS][KV][N];
@@ -224,9 +224,11 @@ static uint64_t check_policy(const char *policy)
     struct model m = fake_model();
     struct engine_result w = {0}, g = {0};
     struct larder_err e = {0, ""};
-    struct backend *ref = open_on(&backend_ref, &m, KV_F32), *b;
+    struct backend *ref, *b;
     uint64_t logits;
 
+    m.p.geom.n_layers = LAYERS;
+    ref = open_on(&backend_ref, &m, KV_F32);
     fake_reset();
     b = open_on(&backend_cuda, &m, KV_F32);
     if (prefill(ref, policy, N, &want, &w, &e) || prefill(b, policy, N, &got, &g, &e))
@@ -248,7 +250,7 @@ static uint64_t check_policy(const char *policy)
 /* What the replay scores leaves when it is kept, and nothing of the replay's own rows does. */
 static void only_what_is_kept_leaves(void **state)
 {
-    enum { LISTED = 2 * ROW + 4, SAID = 4, HEADS = FAKE_LAYERS * KV };
+    enum { LISTED = 2 * ROW + 4, SAID = 4, HEADS = LAYERS * KV };
     uint64_t rows = 0, bytes = check_policy("kvzip,rows=25%,shape=uniform,chunk=32");
 
     (void)state;
@@ -263,7 +265,7 @@ static void only_what_is_kept_leaves(void **state)
  * how it went. */
 static void what_is_packed_leaves_as_codes(void **state)
 {
-    enum { HEADS = FAKE_LAYERS * KV, VERDICT = 12, SAID = 4 + 4 };
+    enum { HEADS = LAYERS * KV, VERDICT = 12, SAID = 4 + 4 };
     static const char *const policy[] = {"matching,rows=25%,shape=uniform,chunk=32,precision=int8",
                                          "matching,rows=25%,shape=uniform,chunk=32,precision=int4",
                                          "kvzip,rows=25%,shape=uniform,chunk=32,precision=int4"};
