@@ -294,7 +294,6 @@ static void stop(struct daemon *d)
     if (d->base)
         event_base_free(d->base);
     store_close(d->store);
-    config_done(&d->conf);
 }
 
 /* A KV cache is its document: no core dumps, no debuggers of other users, private files. */
@@ -335,7 +334,7 @@ int main(int argc, char **argv)
 {
     struct daemon *d = mem_zalloc(1, sizeof *d);
     struct larder_err e = {0, ""};
-    int rc;
+    int rc = 0;
 
     if (!d || parse_options(argc, argv, &options)) {
         fputs(usage, stderr);
@@ -343,19 +342,16 @@ int main(int argc, char **argv)
     }
     if (configure(&d->conf, &options, &e)) {
         log_line(LOG_LEVEL_ERROR, "%s (%s)", e.msg, larder_status_name(e.code));
-        return 1;
+        rc = 1;
+    } else if (options.dump) {
+        config_dump(&d->conf, stdout);
+    } else if (options.check) {
+        puts("the configuration is good");
+    } else {
+        harden();
+        rc = run(d);
     }
-    if (options.dump || options.check) {
-        if (options.dump)
-            config_dump(&d->conf, stdout);
-        else
-            puts("the configuration is good");
-        config_done(&d->conf);
-        mem_free(d);
-        return 0;
-    }
-    harden();
-    rc = run(d);
+    config_done(&d->conf);
     mem_free(d);
     return rc;
 }
