@@ -7,6 +7,7 @@
 
 #include <math.h>
 
+#include "engine.h"
 #include "fake_model.h"
 #include "half.h"
 
@@ -101,6 +102,25 @@ static inline void *elements(float *x, size_t n, enum kv_dtype t)
         x[i] = bf16_to_f32(narrow[i]);
     }
     return narrow;
+}
+
+/* A document of n random tokens, always the same, by each policy. */
+static inline int prefill_tokens(struct backend *b, uint32_t n, const char *const *policy,
+                                 const struct engine_sink *sink, uint32_t n_policies,
+                                 struct engine_result *r, struct larder_err *e)
+{
+    struct policy p[4];
+    uint32_t ids[FAKE_POSITIONS];
+    struct engine_doc doc = {ids, n, NULL, NULL};
+    uint64_t seed = 11;
+
+    assert_true(n <= FAKE_POSITIONS && n_policies <= 4);
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
+    for (uint32_t i = 0; i < n_policies; i++)
+        if (policy_parse(policy[i], &p[i], e))
+            fail_msg("%s: %s", policy[i], e->msg);
+    return engine_prefill_each(b, &doc, p, sink, n_policies, r, e);
 }
 
 static inline void fill(float *x, size_t n, uint64_t *seed)

@@ -90,16 +90,9 @@ static void keep_rows(const struct model *m, const char *policy, struct cache *c
     struct engine_sink sink = {c, cache_add, NULL};
     struct engine_result r = {0};
     struct larder_err e = {0, ""};
-    uint32_t ids[N];
-    struct engine_doc doc = {ids, N, NULL, NULL};
-    struct policy p;
-    uint64_t seed = 51;
 
-    for (uint32_t i = 0; i < N; i++)
-        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
-    assert_int_equal(policy_parse(policy, &p, NULL), 0);
     assert_int_equal(cache_init(c, ref, true, NULL), 0);
-    if (engine_prefill(ref, &doc, &p, &sink, &r, &e))
+    if (prefill_tokens(ref, N, &policy, &sink, 1, &r, &e))
         fail_msg("%s", e.msg);
     for (uint32_t i = 0; i < m->p.geom.n_layers * FAKE_KV_HEADS; i++) {
         const struct cached_head *h = &c->head[i];

@@ -44,19 +44,10 @@ static int prefill_each(struct backend *b, const char *const *policy, uint32_t n
                         struct engine_result *r, struct larder_err *e)
 {
     struct engine_sink sink[3];
-    struct policy p[3];
-    uint32_t ids[N];
-    struct engine_doc doc = {ids, n_tokens, NULL, NULL};
-    uint64_t seed = 11;
 
-    for (uint32_t i = 0; i < n_tokens; i++)
-        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++)
         sink[i] = (struct engine_sink){rows + i, take_layer, NULL};
-        if (policy_parse(policy[i], &p[i], e))
-            fail_msg("%s", e->msg);
-    }
-    return engine_prefill_each(b, &doc, p, sink, n, r, e);
+    return prefill_tokens(b, n_tokens, policy, sink, n, r, e);
 }
 
 static int prefill(struct backend *b, const char *policy, struct rows *rows,

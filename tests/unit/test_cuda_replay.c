@@ -202,17 +202,9 @@ static int prefill(struct backend *b, const char *policy, uint32_t n, struct kep
                    struct engine_result *r, struct larder_err *e)
 {
     struct engine_sink sink = {kept, take_layer, NULL};
-    uint32_t ids[N];
-    struct engine_doc doc = {ids, n, NULL, NULL};
-    struct policy p;
-    uint64_t seed = 11;
 
     memset(kept, 0, sizeof *kept);
-    for (uint32_t i = 0; i < n; i++)
-        ids[i] = (uint32_t)(test_rand(&seed) % FAKE_VOCAB);
-    if (policy_parse(policy, &p, e))
-        fail_msg("%s", e->msg);
-    return engine_prefill(b, &doc, &p, &sink, r, e);
+    return prefill_tokens(b, n, &policy, &sink, 1, r, e);
 }
 
 static struct kept want, got;
