@@ -110,7 +110,7 @@ PROGRAMS := $(if $(DAEMON_MAIN),$(B)/larderd) $(if $(CLI_SRC),$(B)/larder) \
             $(if $(PREFILL_MAIN),$(B)/larder-prefill) $(if $(CUDA),$(B)/larder-prefill-cuda)
 CLIENT_LIBS := $(if $(SRC_client),$(B)/liblarder.so $(B)/liblarder.a)
 
-.PHONY: all check check-all check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
+.PHONY: all tests check check-all check-unit check-e2e check-golden check-models check-tokenizers check-decoders \
     check-cuda eval-public eval-long bench bench-decoders bench-cuda demo install clean lint format
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -267,12 +267,14 @@ $(B)/bench/bench_%: tests/bench/bench_%.c $(wildcard tests/bench/*.h) $$(call ar
 	$(Q)$(CC) $(must) $(CFLAGS) $(addprefix -I,$(filter-out all,$(call with,$(call unit_dir,$@)))) $(ldmust) $(LDFLAGS) -o $@ $< \
 	    $(filter %.a,$^) $(LIBS_$(call unit_dir,$@)) -lm
 
-check: all $(UNIT) $(B)/shim/larder-prefill-cuda
+tests: all $(UNIT) $(B)/shim/larder-prefill-cuda
+
+check: tests
 	tests/run.sh $(B) lint cuda-build unit models python eval e2e golden
 
 # And what needs PyPI's decoders (tests/bench/setup-peers.sh decoders), which may not be skipped:
 # one count of everything. It is what CI runs.
-check-all: all $(UNIT) $(B)/shim/larder-prefill-cuda
+check-all: tests
 	tests/run.sh $(B) lint cuda-build unit models python eval e2e golden decoders! models-made!
 
 # On a machine with a GPU: kernels, products, memory, sanitizers, recorded runs. What the

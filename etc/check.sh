@@ -15,5 +15,5 @@ esac
 cd "$(dirname "$0")/.."
 sh etc/setup.sh
 [ "$target" = check ] || sh tests/bench/setup-peers.sh decoders
-make -s -j"$(nproc)" all
+make -s -j"$(nproc)" tests
 exec make -s "$target"

@@ -15,21 +15,34 @@ trap 'rm -rf "$log"' EXIT
 trap 'exit 130' INT TERM
 passed=0 failed=0 skipped=0
 
+# sh -c "$perform" - FOLDER LIMIT_SECONDS COMMAND...: what it prints, and how it ends
+perform='at=$1 limit=$2
+shift 2
+mkdir -p "$at"
+CMOCKA_MESSAGE_OUTPUT=TAP timeout -k 10 "$limit" "$@" >"$at/out" 2>"$at/err" </dev/null
+echo $? >"$at/rc"'
+
 # run NAME LIMIT_SECONDS COMMAND...
 run() {
-    name=$1 limit=$2
+    one=$1 most=$2
     shift 2
-    CMOCKA_MESSAGE_OUTPUT=TAP timeout -k 10 "$limit" "$@" >"$log/out" 2>"$log/err" </dev/null
-    rc=$?
-    ok=$(grep -cE '^ok ' "$log/out")
-    bad=$(grep -cE '^not ok ' "$log/out")
-    skip=$(grep -cE '^(not )?ok .*# ?[Ss][Kk][Ii][Pp]' "$log/out")
-    skip_ok=$(grep -cE '^ok .*# ?[Ss][Kk][Ii][Pp]' "$log/out")
+    sh -c "$perform" - "$log/one" "$most" "$@"
+    judge "$one" "$log/one" "$most"
+}
+
+# judge NAME FOLDER LIMIT_SECONDS
+judge() {
+    name=$1 at=$2 limit=$3
+    rc=$(cat "$at/rc" 2>/dev/null || echo 125) # it did not even start
+    ok=$(grep -cE '^ok ' "$at/out")
+    bad=$(grep -cE '^not ok ' "$at/out")
+    skip=$(grep -cE '^(not )?ok .*# ?[Ss][Kk][Ii][Pp]' "$at/out")
+    skip_ok=$(grep -cE '^ok .*# ?[Ss][Kk][Ii][Pp]' "$at/out")
     ok=$((ok - skip_ok))
     bad=$((bad - (skip - skip_ok)))
     if [ "$rc" -eq 77 ] && [ "$must" = no ]; then
         skipped=$((skipped + 1))
-        echo "SKIP $name: $(tail -n 1 "$log/err")"
+        echo "SKIP $name: $(tail -n 1 "$at/err")"
         return
     fi
     if [ "$rc" -ne 0 ] && [ "$bad" -eq 0 ]; then
@@ -43,12 +56,12 @@ run() {
     passed=$((passed + ok)) failed=$((failed + bad)) skipped=$((skipped + skip))
     if [ "$bad" -gt 0 ]; then
         echo "FAIL $name: $ok passed, $bad failed"
-        grep -E '^not ok ' "$log/out" | sed 's/^/    /'
-        tail -n 25 "$log/err" | sed 's/^/    /'
+        grep -E '^not ok ' "$at/out" | sed 's/^/    /'
+        tail -n 25 "$at/err" | sed 's/^/    /'
     else
         echo "ok   $name: $ok passed$([ "$skip" -gt 0 ] && echo ", $skip skipped")"
     fi
-    grep -iE '^(not )?ok .*# ?skip' "$log/out" | sed 's/^/    /'
+    grep -iE '^(not )?ok .*# ?skip' "$at/out" | sed 's/^/    /'
 }
 
 tiny() {
@@ -65,11 +78,10 @@ for group in "$@"; do
     lint)
         for t in tests/lint/*.sh; do run "$t" 120 "$t" "$build"; done
         ;;
-    unit)
-        for t in tests/unit/test_*.c; do
-            t=$(basename "$t" .c)
-            run "unit/$t" 120 "$build/tests/$t"
-        done
+    unit) # side by side: they share nothing
+        units=$(for t in tests/unit/test_*.c; do basename "$t" .c; done)
+        echo "$units" | xargs -P "$(nproc)" -I{} sh -c "$perform" - "$log/{}" 240 "$build/tests/{}"
+        for t in $units; do judge "unit/$t" "$log/$t" 240; done
         ;;
     models)
         run "models, small" 120 python3 tests/models/check_models.py --build "$build"

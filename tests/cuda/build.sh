@@ -10,7 +10,7 @@ if ! [ -x "$nvcc" ]; then
 fi
 programs="larder-prefill-cuda bench_device"
 for t in kernels select match pack device; do programs="$programs test_$t"; done
-if ! make -s CUDA=1 CUDA_ARCHS=90 B="$build" $(printf "$build/cuda-90/%s " $programs) >&2; then
+if ! make -s -j"$(nproc)" CUDA=1 CUDA_ARCHS=90 B="$build" $(printf "$build/cuda-90/%s " $programs) >&2; then
     echo "not ok - larder-prefill-cuda and its tests compile and link"
     exit 1
 fi
