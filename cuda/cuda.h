@@ -297,6 +297,11 @@ int cuda_past_find(struct cuda_backend *b, const struct past_rows *past, struct 
 int cuda_past_ahead(struct cuda_backend *b, const struct past_rows *past, struct larder_err *e);
 
 /* ---- geometry (cuda_launch.c): grids and shared memory, from shapes alone */
+static inline uint32_t cuda_blocks(uint64_t n, uint32_t per)
+{
+    return (uint32_t)((n + per - 1) / per);
+}
+
 struct cuda_launch cuda_grid_rows(enum cuda_kernel k, bool bf16, uint64_t rows, const void *args);
 struct cuda_launch cuda_grid_flat(enum cuda_kernel k, bool bf16, uint64_t n, const void *args);
 /* Blocks that share the keys, of which there are at most n_keys, of the same rows. */

@@ -10,11 +10,6 @@
 
 #define FLAT_BLOCKS 16384u /* each thread then takes several elements */
 
-static uint32_t blocks(uint64_t n, uint32_t per)
-{
-    return (uint32_t)((n + per - 1) / per);
-}
-
 struct cuda_launch cuda_grid_rows(enum cuda_kernel k, bool bf16, uint64_t rows, const void *args)
 {
     return (struct cuda_launch){.kernel = k,
@@ -39,7 +34,7 @@ static bool has_mma(uint32_t d)
 /* Rows of a group in blocks of CUDA_ATTEND. */
 static uint32_t row_blocks(const struct cuda_attend_args *a)
 {
-    return blocks((uint64_t)(a->n_rows - a->row0) * a->group, CUDA_ATTEND_ROWS);
+    return cuda_blocks((uint64_t)(a->n_rows - a->row0) * a->group, CUDA_ATTEND_ROWS);
 }
 
 uint32_t cuda_attend_splits(const struct cuda_attend_args *a, uint32_t n_keys)
@@ -63,7 +58,7 @@ struct cuda_launch cuda_grid_attend(const struct cuda_attend_args *a, bool bf16,
         l.variant = d;
         l.block = 128;
         l.shared = (CUDA_MMA_ROWS + 4 * CUDA_MMA_KEYS) * (d + CUDA_MMA_PAD) * 2;
-        l.grid[0] = blocks(rows, CUDA_MMA_ROWS);
+        l.grid[0] = cuda_blocks(rows, CUDA_MMA_ROWS);
         l.grid[1] = a->n_heads;
     } else {
         l.kernel = CUDA_ATTEND;
@@ -89,15 +84,15 @@ struct cuda_launch cuda_grid_window(enum cuda_kernel k, bool bf16, const struct 
 
     l.grid[2] = 1;
     if (k == CUDA_WINDOW_LOGITS) {
-        l.grid[0] = blocks(a->n, CUDA_WINDOW_KEYS);
-        l.grid[1] = blocks(a->w, CUDA_WINDOW_ROWS);
+        l.grid[0] = cuda_blocks(a->n, CUDA_WINDOW_KEYS);
+        l.grid[1] = cuda_blocks(a->w, CUDA_WINDOW_ROWS);
         l.grid[2] = a->n_batch;
         l.shared = (CUDA_WINDOW_ROWS + CUDA_WINDOW_KEYS) * (a->d + 1) * 4;
     } else if (k == CUDA_WINDOW_STATS) {
         l.grid[0] = a->w;
         l.grid[1] = a->n_batch;
     } else {
-        l.grid[0] = blocks(a->n - a->w, CUDA_ROW_BLOCK);
+        l.grid[0] = cuda_blocks(a->n - a->w, CUDA_ROW_BLOCK);
         l.grid[1] = a->n_batch;
     }
     return l;

@@ -35,11 +35,6 @@ struct fit {
     uint32_t n_now; /* replay rows at once */
 };
 
-static uint32_t blocks(uint32_t n, uint32_t per)
-{
-    return (n + per - 1) / per;
-}
-
 /* ---- memory */
 
 /* Arrays one after the other, of which `at` is NULL while they are only counted. */
@@ -88,7 +83,7 @@ static uint32_t batch_of(struct fit *f)
 
     f->n_now = f->part->n;
     while (f->n_now > 16 && lay_out(a, 1, f->n_now, NULL) > room)
-        f->n_now = blocks(f->n_now, 2);
+        f->n_now = cuda_blocks(f->n_now, 2);
     one = lay_out(a, 1, f->n_now, NULL);
     return room / one < 1 ? 1 : room / one > KV_MAX_HEADS ? KV_MAX_HEADS : (uint32_t)(room / one);
 }
@@ -106,6 +101,11 @@ static int rows(struct fit *f, enum cuda_kernel k, uint32_t x, uint32_t y, struc
 
     l.grid[1] = y;
     return cuda_run(f->b, l, e);
+}
+
+static int send_heads(struct fit *f, struct larder_err *e)
+{
+    return cuda_up(f->b, f->a.head, f->head, f->a.n_batch * sizeof *f->head, e);
 }
 
 static int multiply(struct fit *f, struct cuda_gemm g, struct larder_err *e)
@@ -200,7 +200,7 @@ static int add_up_some(struct fit *f, struct larder_err *e)
 {
     struct cuda_match_args *a = &f->a;
     uint32_t n_q = a->group * a->n_now;
-    int rc = widen(f, &f->q, a->group, f->x->n_doc + f->part->first + a->row0, a->n_now,
+    int rc = widen(f, &f->q, a->group, f->x->ask->n_doc + f->part->first + a->row0, a->n_now,
                    (float)(1 / sqrt(a->d)), a->q, e);
 
     if (!rc && a->values)
@@ -212,7 +212,7 @@ static int add_up_some(struct fit *f, struct larder_err *e)
     if (!rc)
         rc = logits(f, a->kept_k, a->t_pad, a->p, a->wide, e);
     if (!rc)
-        rc = rows(f, CUDA_MATCH_WEIGH, blocks(n_q, CUDA_MATCH_WARPS), a->n_batch, e);
+        rc = rows(f, CUDA_MATCH_WEIGH, cuda_blocks(n_q, CUDA_MATCH_WARPS), a->n_batch, e);
     if (!rc && a->values)
         rc = explain(f, true, e);
     return rc ? rc : equations(f, e);
@@ -255,7 +255,7 @@ static int solve(struct fit *f, struct larder_err *e)
 {
     struct cuda_match_args *a = &f->a;
     uint64_t square = (uint64_t)a->t_pad * a->t_pad, tall = (uint64_t)a->t_pad * a->d;
-    int rc = cuda_up(f->b, (void *)(uintptr_t)a->head, f->head, a->n_batch * sizeof *f->head, e);
+    int rc = send_heads(f, e);
 
     if (!rc)
         rc = rows(f, CUDA_MATCH_REDUCE, a->t_pad, a->n_batch, e);
@@ -332,7 +332,7 @@ static int fit_batch(struct fit *f, struct larder_err *e)
         f->head[i] = (struct cuda_match_head){
             .v = f->kept_v[g] + f->first[g] * row, .at = f->at[g] + f->first[g], .t = f->t[g]};
     }
-    rc = cuda_up(f->b, (void *)(uintptr_t)a->head, f->head, a->n_batch * sizeof *f->head, e);
+    rc = send_heads(f, e);
     if (!rc)
         rc = widen(f, &f->k, 1, f->part->row, a->n_rows, 1, a->rows_k, e);
     if (!rc)
@@ -363,7 +363,7 @@ static int fit_part(struct fit *f, struct larder_err *e)
         return 0;
     a->n_rows = f->part->n_rows;
     a->sums = f->sums + 2ull * f->part->first;
-    a->t_pad = blocks(most, CUDA_MATCH_PAD) * CUDA_MATCH_PAD;
+    a->t_pad = cuda_blocks(most, CUDA_MATCH_PAD) * CUDA_MATCH_PAD;
     n_batch = batch_of(f);
     n_batch = n_batch < n_kv ? n_batch : n_kv;
     rc = cuda_room(f->b, ROOM_LOGIT, lay_out(a, n_batch, f->n_now, NULL), &room, e);
@@ -453,8 +453,8 @@ static int fit_parts(struct fit *f, struct larder_err *e)
 {
     int rc = 0;
 
-    for (uint32_t i = 0; i < f->x->n_parts && !rc; i++) {
-        f->part = &f->x->part[i];
+    for (uint32_t i = 0; i < f->x->ask->n_parts && !rc; i++) {
+        f->part = &f->x->ask->part[i];
         find_rows(f);
         rc = fit_part(f, e);
     }
@@ -464,7 +464,7 @@ static int fit_parts(struct fit *f, struct larder_err *e)
 static int sources(struct fit *f, struct larder_err *e)
 {
     const struct kv_geom *g = &f->b->base.p->geom;
-    const struct fit_rows *x = f->x;
+    const struct replay_ask *x = f->x->ask;
     uint32_t n = x->n_doc + x->n_replay;
     uint8_t *sums = NULL;
     int rc = cuda_rows_in(f->b, x->q, ROOM_Q, g->n_heads, x->stride, n, &f->q, e);
@@ -472,7 +472,7 @@ static int sources(struct fit *f, struct larder_err *e)
     if (!rc)
         rc = cuda_rows_in(f->b, x->k, ROOM_K, g->n_kv_heads, x->stride, n, &f->k, e);
     if (!rc)
-        rc = cuda_rows_in(f->b, x->v, ROOM_V, g->n_kv_heads, x->stride, n, &f->v, e);
+        rc = cuda_rows_in(f->b, f->x->v, ROOM_V, g->n_kv_heads, x->stride, n, &f->v, e);
     if (!rc)
         rc = cuda_source(f->b, x->sums, ROOM_SUMS_OUT,
                          2ull * g->n_heads * x->n_replay * sizeof *x->sums, false, &sums, e);
@@ -494,7 +494,7 @@ int cuda_fit(struct backend *base, const struct fit_rows *x, struct larder_err *
     bytes = n * g->head_dim * sizeof *x->to_k;
     f.a = (struct cuda_match_args){.d = g->head_dim,
                                    .group = g->n_heads / g->n_kv_heads,
-                                   .n_replay = x->n_replay,
+                                   .n_replay = x->ask->n_replay,
                                    .least = BIAS_MIN,
                                    .most = BIAS_MAX};
     if (!rc)

@@ -74,8 +74,7 @@ __global__ void weigh_kernel(struct cuda_match_args a)
             p[j] = j == a.t_pad ? sums[1] : 0;
         return;
     }
-    for (int step = 16; step; step /= 2)
-        den += prim_shfl_xor(den, step);
+    den = prim_warp_sum(den);
     den = den > 0 ? sums[1] / den : 0;
     for (uint32_t j = lane; j < a.t_pad; j += 32)
         p[j] *= den;

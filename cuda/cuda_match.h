@@ -43,7 +43,7 @@ struct cuda_match_verdict {
 };
 
 struct cuda_match_args {
-    const struct cuda_match_head *head;
+    struct cuda_match_head *head;       /* [n_batch] */
     struct cuda_match_verdict *verdict; /* [n_batch] */
     const float *sums;                  /* cuda_replay.h, from the part's first row on */
     const float *keys;                  /* [rows of all heads][d], as they will be read back */

@@ -17,11 +17,6 @@ struct work {
     uint64_t tile_bytes;
 };
 
-static uint32_t blocks(uint32_t n, uint32_t per)
-{
-    return (n + per - 1) / per;
-}
-
 static void start(struct work *w, struct cuda_backend *b, enum kv_dtype to)
 {
     *w = (struct work){.b = b, .to = to};
@@ -76,7 +71,7 @@ static int rooms(struct work *w, struct larder_err *e)
     void *lo = NULL;
     int rc;
 
-    w->a.n_blocks = blocks(w->a.most, w->a.per_block);
+    w->a.n_blocks = cuda_blocks(w->a.most, w->a.per_block);
     n = (uint64_t)w->a.n_heads * w->a.n_blocks * w->a.d;
     rc = cuda_room(w->b, ROOM_PACK_RANGES, 2 * n * sizeof *w->a.lo, &lo, e);
     w->a.lo = lo;
@@ -103,9 +98,9 @@ static int pack_keys(struct work *w, bool bf16, struct larder_err *e)
 
 static int pack_values(struct work *w, bool bf16, struct larder_err *e)
 {
-    uint32_t per_row = w->a.four ? blocks(w->a.d, PACKED_GROUP) : 1;
+    uint32_t per_row = w->a.four ? cuda_blocks(w->a.d, PACKED_GROUP) : 1;
 
-    return launch(w, CUDA_PACK_VALUES, bf16, blocks(w->a.most * per_row, CUDA_ROW_BLOCK), e);
+    return launch(w, CUDA_PACK_VALUES, bf16, cuda_blocks(w->a.most * per_row, CUDA_ROW_BLOCK), e);
 }
 
 /* ---- the calls */
@@ -193,5 +188,6 @@ int cuda_keys_read_back(struct cuda_backend *b, enum kv_dtype to, const void *co
                 (struct cuda_past){.k.at = keys[g], .n_rows = count[g], .dtype = b->base.elem};
         rc = send_table(&w, e);
     }
-    return rc ? rc : launch(&w, CUDA_UNPACK, false, blocks(w.a.most * w.a.d, CUDA_ROW_BLOCK), e);
+    return rc ? rc
+              : launch(&w, CUDA_UNPACK, false, cuda_blocks(w.a.most * w.a.d, CUDA_ROW_BLOCK), e);
 }

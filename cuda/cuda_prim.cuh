@@ -162,6 +162,14 @@ PRIM bool prim_finite(float x)
     return (prim_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
+/* Sum over a warp, the same in every lane. */
+PRIM float prim_warp_sum(float x)
+{
+    for (int step = 16; step; step /= 2)
+        x += prim_shfl_xor(x, step);
+    return x;
+}
+
 /* Sum over a block of CUDA_ROW_BLOCK threads, by halves: the same in every thread. */
 template <typename T> PRIM T prim_block_sum(T x)
 {

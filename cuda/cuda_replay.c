@@ -21,15 +21,10 @@ struct part {
     uint32_t n_now, n_batch;     /* rows and heads at once */
 };
 
-static uint32_t blocks(uint32_t n, uint32_t per)
-{
-    return (n + per - 1) / per;
-}
-
 /* Columns by sixteens: products like aligned rows. */
 static uint32_t whole(uint32_t n)
 {
-    return blocks(n, 16) * 16;
+    return cuda_blocks(n, 16) * 16;
 }
 
 /* Columns, rows and heads of the logits, from shapes alone. */
@@ -54,7 +49,7 @@ static void lay_out(struct part *p, const struct replay_ask *x, const struct rep
     a->at_rows = whole(a->n_sinks);
     a->at_own = a->at_rows + whole(part->n_rows);
     a->ld = a->at_own + (a->own ? whole(part->n) : 0);
-    a->n_blocks = blocks(part->n, CUDA_REPLAY_ROWS);
+    a->n_blocks = cuda_blocks(part->n, CUDA_REPLAY_ROWS);
     fit = p->b->logit_bytes / (a->ld * sizeof *a->logit) / CUDA_REPLAY_ROWS * CUDA_REPLAY_ROWS;
     p->n_now = fit < CUDA_REPLAY_ROWS ? CUDA_REPLAY_ROWS : fit < part->n ? (uint32_t)fit : part->n;
     fit = p->n_now ? p->b->logit_bytes / (p->n_now * a->ld * sizeof *a->logit) : 0;
@@ -125,14 +120,14 @@ static int score_batch(const struct part *p, struct larder_err *e)
 {
     const struct cuda_replay_args *a = &p->a;
     struct cuda_launch l =
-        cuda_grid_rows(CUDA_REPLAY_STATS, false, blocks(a->n_now, CUDA_REPLAY_WARPS), a);
+        cuda_grid_rows(CUDA_REPLAY_STATS, false, cuda_blocks(a->n_now, CUDA_REPLAY_WARPS), a);
     int rc = logits(p, e);
 
     l.grid[1] = a->n_batch;
     if (!rc)
         rc = cuda_run(p->b, l, e);
-    l = cuda_grid_rows(CUDA_REPLAY_PART, false, blocks(a->n_rows, CUDA_ROW_BLOCK), a);
-    l.grid[1] = blocks(a->n_now, CUDA_REPLAY_ROWS);
+    l = cuda_grid_rows(CUDA_REPLAY_PART, false, cuda_blocks(a->n_rows, CUDA_ROW_BLOCK), a);
+    l.grid[1] = cuda_blocks(a->n_now, CUDA_REPLAY_ROWS);
     l.grid[2] = a->n_batch;
     return rc ? rc : cuda_run(p->b, l, e);
 }

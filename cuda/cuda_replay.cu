@@ -22,13 +22,6 @@ PRIM float warp_max(float x)
     return x;
 }
 
-PRIM float warp_sum(float x)
-{
-    for (int step = 16; step; step /= 2)
-        x += prim_shfl_xor(x, step);
-    return x;
-}
-
 /* Warp: a row of a head. The last block has warps without one, which take the last row again. */
 __global__ void replay_stats_kernel(struct cuda_replay_args a)
 {
@@ -48,8 +41,8 @@ __global__ void replay_stats_kernel(struct cuda_replay_args a)
         sum += p;
         mass += j < a.n_sinks ? 0 : p;
     }
-    sum = warp_sum(sum);
-    mass = warp_sum(mass);
+    sum = prim_warp_sum(sum);
+    mass = prim_warp_sum(mass);
     if (want >= a.n_now || lane)
         return;
     a.stat[2 * at] = max;

@@ -8,12 +8,6 @@
 #include "cuda.h"
 #include "select_ops.h"
 
-/* Rows of a block of CUDA_RANK and CUDA_SPREAD. */
-static uint32_t blocks(uint32_t m)
-{
-    return (m + CUDA_ROW_BLOCK - 1) / CUDA_ROW_BLOCK;
-}
-
 /* n heads of ld scores, and one more row's worth that is read nowhere: the last head may be cut
  * short at `rows`. */
 static int scores_in(struct cuda_backend *b, const double *score, uint32_t n_heads, uint64_t ld,
@@ -87,7 +81,10 @@ static int rank_tokens(struct cuda_backend *b, const struct token_rank *x, const
     a.bad = bad;
     a.rank = (uint32_t *)(void *)to;
     if (!rc) /* the last block looks for what is not finite */
-        rc = cuda_run(b, cuda_grid_rows(CUDA_RANK, false, (x->rank ? blocks(x->m) : 0) + 1, &a), e);
+        rc = cuda_run(b,
+                      cuda_grid_rows(CUDA_RANK, false,
+                                     (x->rank ? cuda_blocks(x->m, CUDA_ROW_BLOCK) : 0) + 1, &a),
+                      e);
     if (!rc)
         rc = check_bad(b, bad, 1, e);
     return rc || !x->rank ? rc : cuda_deliver(b, x->rank, to, bytes, e);
@@ -115,8 +112,10 @@ static int variance(struct backend *base, const struct rank_variance *x, double 
                     struct larder_err *e)
 {
     struct cuda_backend *b = cuda_of(base);
-    struct cuda_spread_args a = {
-        .n_layers = x->n_layers, .m = x->m, .k = x->k, .n_blocks = blocks(x->m)};
+    struct cuda_spread_args a = {.n_layers = x->n_layers,
+                                 .m = x->m,
+                                 .k = x->k,
+                                 .n_blocks = cuda_blocks(x->m, CUDA_ROW_BLOCK)};
     double sum[2] = {0, 0}; /* squared distances, tokens */
     uint8_t *ranks = NULL;
     void *part = NULL;

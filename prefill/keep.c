@@ -134,7 +134,8 @@ int keep_init(struct keep *k, struct backend *b, const struct policy *p, uint32_
     if (rc)
         return rc;
     k->select = keep_waits(k) ? NULL : b->ops->select; /* those are the host's by then */
-    k->stays = k->select && (packed_type(p->precision) || (p->fit != FIT_NONE && k->n_room));
+    k->changes = packed_type(p->precision) || (p->fit != FIT_NONE && k->n_room);
+    k->stays = k->select && k->changes;
     if (k->select && !k->n_out && !k->stays)
         k->n_out = (uint64_t)n * n_kv; /* all leave, but they leave */
     k->now = mem_alloc(n_kv, sizeof *k->now);

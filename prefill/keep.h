@@ -40,7 +40,8 @@ struct keep {
     uint32_t *now;   /* [n_kv_heads] of the layer at hand */
     uint64_t n_room; /* rows of a layer that are chosen, at most; 0: all stay, always */
     uint64_t n_out;  /* rows that fit what follows; 0: rows are handed on where they are */
-    bool stays;      /* they stay with the backend, which fits or packs them */
+    bool changes;    /* they are fitted or packed before they are handed on: where a backend */
+    bool stays;      /* gathers, it does that too, and they stay there */
     uint32_t *index; /* chosen: one head after the other */
     uint8_t *k, *v;  /* gathered likewise */
     uint32_t *position;

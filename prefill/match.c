@@ -67,8 +67,8 @@ static bool alloc_there(struct match *m)
     uint64_t rows = (uint64_t)m->b->p->geom.n_heads * m->r->n_rows;
 
     m->part = mem_alloc(m->n_groups, sizeof *m->part);
-    m->sums = backend_buffer_new(m->b, rows, 2 * sizeof *m->sums);
-    if (!m->part || !m->sums)
+    m->ask.sums = backend_buffer_new(m->b, rows, 2 * sizeof *m->ask.sums);
+    if (!m->part || !m->ask.sums)
         return false;
     for (uint32_t i = 0; i < m->n_groups; i++) {
         const struct match_group *u = &m->group[i];
@@ -134,7 +134,7 @@ void match_close(struct match *m)
     mem_free(m->mass);
     mem_free(m->y);
     mem_free(m->part);
-    backend_buffer_free(m->b, m->sums);
+    backend_buffer_free(m->b, m->ask.sums);
     mem_free(m);
 }
 
@@ -151,26 +151,31 @@ static int look(struct match *m, double *score, struct larder_err *e)
     return rc ? rc : backend_view(m->b, score, VIEW_WRITE, e);
 }
 
+static int stats_there(struct match *m, double *score, struct larder_err *e)
+{
+    m->ask = (struct replay_ask){.q = m->x.q,
+                                 .k = m->x.k,
+                                 .stride = (uint32_t)m->x.stride,
+                                 .n_doc = m->r->n_doc,
+                                 .part = m->part,
+                                 .n_parts = m->n_groups,
+                                 .square = true,
+                                 .n_queries = m->n_queries,
+                                 .score = score,
+                                 .sums = m->ask.sums,
+                                 .n_replay = m->r->n_rows};
+    return m->b->ops->select->replay(m->b, &m->ask, e);
+}
+
 int match_layer(struct match *m, const struct replay_rows *x, const void *v, double *score,
                 struct larder_err *e)
 {
-    const struct replay_ask ask = {.q = x->q,
-                                   .k = x->k,
-                                   .stride = (uint32_t)x->stride,
-                                   .n_doc = m->r->n_doc,
-                                   .part = m->part,
-                                   .n_parts = m->n_groups,
-                                   .square = true,
-                                   .n_queries = m->n_queries,
-                                   .score = score,
-                                   .sums = m->sums,
-                                   .n_replay = m->r->n_rows};
     int rc;
 
     m->x = *x;
     m->v = v;
     if (m->b->ops->select)
-        return m->b->ops->select->replay(m->b, &ask, e);
+        return stats_there(m, score, e);
     rc = look(m, score, e);
     return rc ? rc : match_stats(m, score, e);
 }
@@ -178,15 +183,8 @@ int match_layer(struct match *m, const struct replay_rows *x, const void *v, dou
 static int fit_there(struct match *m, const struct match_opts *o, const struct kept_rows *heads,
                      float *k, float *v, float *bias, struct larder_err *e)
 {
-    const struct fit_rows x = {.q = m->x.q,
-                               .k = m->x.k,
+    const struct fit_rows x = {.ask = &m->ask,
                                .v = m->v,
-                               .stride = (uint32_t)m->x.stride,
-                               .n_doc = m->r->n_doc,
-                               .n_replay = m->r->n_rows,
-                               .part = m->part,
-                               .n_parts = m->n_groups,
-                               .sums = m->sums,
                                .precision = o->precision,
                                .with_bias = o->with_bias,
                                .heads = heads,

@@ -42,7 +42,7 @@ struct match {
     const void *v;
     /* where a backend matches */
     struct replay_part *part; /* [n_groups] */
-    float *sums;              /* [n_heads][replay rows][2], which stay there */
+    struct replay_ask ask;    /* whose sums [n_heads][replay rows][2] stay there */
     /* where the host does */
     mul_fn *mul;
     struct ref_keys *doc; /* [n_kv_heads] */

@@ -15,10 +15,10 @@ static void *fit_buffer(const struct rung *r, uint64_t n, uint64_t size)
 
 static bool alloc_fit(struct rung *r)
 {
-    uint64_t n = r->keep.n_room ? r->keep.n_room : (uint64_t)r->geom->n_kv_heads * r->n;
+    uint64_t n = r->keep.n_room ? r->keep.n_room : (uint64_t)r->b->p->geom.n_kv_heads * r->n;
 
-    r->fit_k = fit_buffer(r, n, r->geom->head_dim * sizeof *r->fit_k);
-    r->fit_v = fit_buffer(r, n, r->geom->head_dim * sizeof *r->fit_v);
+    r->fit_k = fit_buffer(r, n, r->b->p->geom.head_dim * sizeof *r->fit_k);
+    r->fit_v = fit_buffer(r, n, r->b->p->geom.head_dim * sizeof *r->fit_v);
     r->bias = backend_staging_new(r->b, n, sizeof *r->bias);
     return r->fit_k && r->fit_v && r->bias;
 }
@@ -30,8 +30,7 @@ static int rung_open(struct rung *r, struct backend *b, const struct rung_want *
     uint32_t rows;
     int rc = policy_rows(p, &p->rows, n, &rows, e);
 
-    *r = (struct rung){
-        .b = b, .policy = p, .sink = want->sink, .geom = &b->p->geom, .params = b->p, .n = n};
+    *r = (struct rung){.b = b, .policy = p, .sink = want->sink, .n = n};
     if (!rc)
         rc = keep_init(&r->keep, b, p, n, rows, e);
     r->packer.b = r->keep.stays ? b : NULL;
@@ -76,10 +75,10 @@ void rungs_close(struct rung *r, uint32_t n_rungs)
 static int refit(struct rung *r, struct match *m, struct larder_err *e)
 {
     struct match_opts o = {r->policy->precision, r->policy->fit == FIT_MATCHING};
-    uint64_t at = 0, d = r->geom->head_dim;
+    uint64_t at = 0, d = r->b->p->geom.head_dim;
     int rc = match_fit(m, &o, r->keep.heads, r->fit_k, r->fit_v, r->bias, e);
 
-    for (uint32_t g = 0; g < r->geom->n_kv_heads && !rc; g++) {
+    for (uint32_t g = 0; g < r->b->p->geom.n_kv_heads && !rc; g++) {
         struct kept_rows *h = &r->keep.heads[g];
 
         h->k = r->fit_k + at * d;
@@ -95,11 +94,11 @@ static int refit(struct rung *r, struct match *m, struct larder_err *e)
  * are the first ones. One row stays, whatever the window. */
 static void drop_unseen(struct rung *r, uint32_t layer)
 {
-    uint32_t first = sliding_from(model_sliding(r->params, layer), r->n);
+    uint32_t first = sliding_from(model_sliding(r->b->p, layer), r->n);
 
-    for (uint32_t g = 0; g < r->geom->n_kv_heads; g++) {
+    for (uint32_t g = 0; g < r->b->p->geom.n_kv_heads; g++) {
         struct kept_rows *h = &r->keep.heads[g];
-        uint64_t bytes = (uint64_t)kv_dtype_bytes(h->dtype) * r->geom->head_dim;
+        uint64_t bytes = (uint64_t)kv_dtype_bytes(h->dtype) * r->b->p->geom.head_dim;
 
         while (h->n_rows > 1 && *h->position < first) {
             h->n_rows--;
@@ -108,12 +107,6 @@ static void drop_unseen(struct rung *r, uint32_t layer)
             h->v = (const uint8_t *)h->v + bytes;
         }
     }
-}
-
-/* Do rows change before they are handed on? */
-static bool changes(const struct rung *r)
-{
-    return rung_fits(r) || packed_type(r->policy->precision);
 }
 
 /* What was chosen, with positions. */
@@ -130,12 +123,13 @@ static int choose(struct rung *r, const struct layer_rows *x, struct match *m, s
 {
     int rc = keep_choose(&r->keep, x, e);
 
-    if (rc || !changes(r))
+    if (rc || !r->keep.changes)
         return rc;
     rc = collect(r, e);
     if (!rc && rung_fits(r))
         rc = refit(r, m, e);
-    return rc ? rc : packer_layer(&r->packer, r->geom, r->policy->precision, r->keep.heads, e);
+    return rc ? rc
+              : packer_layer(&r->packer, &r->b->p->geom, r->policy->precision, r->keep.heads, e);
 }
 
 /* Fitted rows that nobody packs, and biases. */
@@ -151,7 +145,7 @@ static int view_fitted(struct rung *r, struct larder_err *e)
 
 static int hand_on(struct rung *r, struct larder_err *e)
 {
-    int rc = changes(r) ? packer_wait(&r->packer, r->geom->n_kv_heads, e) : collect(r, e);
+    int rc = r->keep.changes ? packer_wait(&r->packer, r->b->p->geom.n_kv_heads, e) : collect(r, e);
 
     if (!rc && rung_fits(r))
         rc = view_fitted(r, e);
@@ -177,7 +171,7 @@ int rung_end(struct rung *r, struct larder_err *e)
     if (!keep_waits(&r->keep))
         return 0;
     rc = keep_count_all(&r->keep, r->hold.layers, e);
-    for (uint32_t l = 0; l < r->geom->n_layers && !rc; l++) {
+    for (uint32_t l = 0; l < r->b->p->geom.n_layers && !rc; l++) {
         rc = choose(r, &r->hold.layers[l], NULL, e);
         if (!rc)
             rc = hand_on(r, e);
@@ -187,7 +181,7 @@ int rung_end(struct rung *r, struct larder_err *e)
 
 void rung_past(const struct rung *r, struct past_rows *past)
 {
-    for (uint32_t g = 0; g < r->geom->n_kv_heads; g++) {
+    for (uint32_t g = 0; g < r->b->p->geom.n_kv_heads; g++) {
         const struct kept_rows *h = &r->keep.heads[g];
 
         past[g] = (struct past_rows){h->n_rows, h->dtype, h->k, h->v, h->bias, h->position};

@@ -28,9 +28,7 @@ struct rung {
     struct backend *b;
     const struct policy *policy;
     const struct engine_sink *sink; /* NULL, or without layer(): rows go nowhere */
-    const struct kv_geom *geom;
-    const struct model_params *params;
-    uint32_t n;       /* rows of the document */
+    uint32_t n;                     /* rows of the document */
     uint32_t probes;  /* first row of the probes' copy that attends to this rung's rows */
     struct keep keep; /* keep.heads: the rows of the layer at hand */
     struct hold hold; /* where rows are chosen only at the end: those of all layers */

@@ -93,11 +93,8 @@ struct replay_ask {
 
 /* match_fit(): rows `heads` of the document, in memory of backend_buffer_new(). */
 struct fit_rows {
-    const void *q, *k, *v; /* as in struct replay_ask, of which the rest is a copy */
-    uint32_t stride, n_doc, n_replay;
-    const struct replay_part *part;
-    uint32_t n_parts;
-    const float *sums;
+    const struct replay_ask *ask; /* whose sums are there */
+    const void *v;                /* as ask->k */
     enum kv_dtype precision;
     bool with_bias;
     const struct kept_rows *heads; /* [n_kv_heads] */
